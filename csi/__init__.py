@@ -1,0 +1,1 @@
+"""The driver: process, configuration, command line and volumes."""

@@ -1,0 +1,1 @@
+"""References, registry access, manifests, the blob store and downloads. Knows nothing of CSI."""
