@@ -1,8 +1,8 @@
 """Everything that can go wrong on behalf of a user, in the user's words.
 
 One tree with one root. A class exists where somebody acts on the difference: the gRPC edge picks a
-status code by it, a download decides by ``transient`` whether to try again. Programming mistakes are
-not in the tree: they stay ordinary exceptions and end as ``INTERNAL``.
+status code by it, a download decides by ``transient`` whether to try again. Programming mistakes
+are not in the tree: they stay ordinary exceptions and end as ``INTERNAL``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 class ModelError(Exception):
     """Root of all errors that are meant for a user.
 
-    ``message`` must be safe to show: what failed, on what, why, what to do, and never a secret or the
-    query of a signed address. ``context`` carries the same facts for machines (log fields), as strings.
+    ``message`` must be safe to show: what failed, on what, why, what to do, and never a secret or
+    the query of a signed address. ``context`` carries the same facts for machines (log fields), as
+    strings.
     """
 
     transient = False
@@ -25,7 +26,9 @@ class ModelError(Exception):
 
 
 class InvalidRequest(ModelError):
-    """A bad reference, attribute, capability, path or setting: the caller has to change the request."""
+    """A bad reference, attribute, capability, path or setting: the caller has to change the
+    request.
+    """
 
 
 class InvalidArtifact(ModelError):

@@ -1,8 +1,9 @@
 """Values of the OCI specifications: digests, references, descriptors, manifests, indexes. No I/O.
 
-Everything that comes from outside passes through a ``parse`` here and is safe to use as a key, a URL
-path or a file name afterwards. Sections are those of the OCI image specification 1.1, the OCI
-distribution specification 1.1, and of the reference grammar that the distribution project publishes.
+Everything that comes from outside passes through a ``parse`` here and is safe to use as a key, a
+URL path or a file name afterwards. Sections are those of the OCI image specification 1.1, the OCI
+distribution specification 1.1, and of the reference grammar that the distribution project
+publishes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Hasher(Protocol):
 
 @dataclass(frozen=True, order=True, slots=True)
 class Digest:
-    """A content address, image specification "Descriptors: Digests". Only what can be verified here.
+    """A content address, image specification "Descriptors: Digests". Only what can be verified
+    here.
 
     ``hex`` is lower-case and of the algorithm's length, so it is safe as a file name.
     """
@@ -62,7 +64,9 @@ class Digest:
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Read ``algorithm:hex``; :class:`InvalidArtifact` when it is not a digest or not a known one."""
+        """Read ``algorithm:hex``; :class:`InvalidArtifact` when it is not a digest or not a known
+        one.
+        """
         algorithm, _, encoded = text.partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
         if length is None or len(encoded) != length or not _HEX.fullmatch(encoded):
@@ -124,8 +128,9 @@ class Reference:
     def parse(cls, text: str) -> Reference:
         """Read a reference as the distribution project's grammar has it.
 
-        A name without a host means Docker Hub, a name there without a folder means ``library/``, and
-        neither tag nor digest means ``latest``. Raises :class:`InvalidRequest` saying what is wrong.
+        A name without a host means Docker Hub, a name there without a folder means ``library/``,
+        and neither tag nor digest means ``latest``. Raises :class:`InvalidRequest` saying what is
+        wrong.
         """
         _refuse_unreadable(text)
         name, at, digest_text = text.partition("@")
@@ -189,11 +194,9 @@ def _reference_digest(digest: str, text: str) -> Digest:
 
 
 def _split_registry(name: str, text: str) -> tuple[str, str]:
-    """A first component is a host if it has a dot, a colon, or is ``localhost`` or upper-case."""
+    """A first component is a host if it has a dot, a colon, or is or is ``localhost``."""
     first, slash, rest = name.partition("/")
-    is_host = slash and (
-        "." in first or ":" in first or first == "localhost" or first != first.lower()
-    )
+    is_host = slash and ("." in first or ":" in first or first == "localhost")
     if not is_host:
         return DOCKER_HUB, name
     match = _HOST.fullmatch(first)
@@ -291,9 +294,9 @@ class _ManifestDocument(msgspec.Struct, rename="camel"):
 def parse_manifest(body: bytes, media_type: str | None) -> Manifest | Index:
     """Read a manifest or an index.
 
-    ``media_type`` is the ``Content-Type`` it came with, if any; the document's own ``mediaType`` and
-    shape decide, as the two contradict each other in the wild only for hostile documents (the image
-    specification demands that they agree). Raises :class:`InvalidArtifact`.
+    ``media_type`` is the ``Content-Type`` it came with, if any; the document's own ``mediaType``
+    and shape decide, as the two contradict each other in the wild only for hostile documents (the
+    image specification demands that they agree). Raises :class:`InvalidArtifact`.
     """
     document = _decode(body)
     declared = document.media_type or (media_type or "").partition(";")[0].strip()
@@ -363,9 +366,8 @@ def _descriptor(document: _DescriptorDocument, where: str) -> Descriptor:
         digest = Digest.parse(document.digest)
     except InvalidArtifact as error:
         raise InvalidArtifact(f"{where}: {error.message}") from error
-    platform = document.platform and Platform(
-        document.platform.os, document.platform.architecture, document.platform.variant
-    )
+    found = document.platform
+    platform = Platform(found.os, found.architecture, found.variant) if found else None
     return Descriptor(
         media_type=document.media_type,
         digest=digest,

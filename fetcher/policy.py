@@ -8,9 +8,9 @@ import enum
 class PullPolicy(enum.Enum):
     """The words of Kubernetes' ``imagePullPolicy``, for models.
 
-    Whatever the policy, a cached model is never handed to somebody whom the registry did not let read
-    it: ``IF_NOT_PRESENT`` without a registry, and ``NEVER``, believe only a digest for which these
-    same credentials were accepted before.
+    Whatever the policy, a cached model is never handed to somebody whom the registry did not let
+    read it: ``IF_NOT_PRESENT`` without a registry, and ``NEVER``, believe only a digest for which
+    these same credentials were accepted before.
     """
 
     IF_NOT_PRESENT = "IfNotPresent"
