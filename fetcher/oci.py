@@ -194,7 +194,7 @@ def _reference_digest(digest: str, text: str) -> Digest:
 
 
 def _split_registry(name: str, text: str) -> tuple[str, str]:
-    """A first component is a host if it has a dot, a colon, or is or is ``localhost``."""
+    """A first component is a host if it has a dot, a colon, or is ``localhost``."""
     first, slash, rest = name.partition("/")
     is_host = slash and ("." in first or ":" in first or first == "localhost")
     if not is_host:
