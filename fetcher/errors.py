@@ -52,6 +52,13 @@ class Unavailable(ModelError):
 
     transient = True
 
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, **context: object
+    ) -> None:
+        super().__init__(message, **context)
+        self.retry_after = retry_after
+        """Seconds after which the other side wants to be asked again, if it said so."""
+
 
 class NoSpace(ModelError):
     """Not enough room on the disk or below the limit, for what was asked."""

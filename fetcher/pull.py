@@ -1,0 +1,319 @@
+"""Pulling a model into the store: the page to read first.
+
+*Resolve* the reference to a manifest, with the caller's own credentials; *join* the pull of that
+model; the pull checks that there is room, has every blob fetched once (:mod:`fetcher.jobs`),
+unpacks what is packed, and builds the tree that volumes bind (:mod:`fetcher.store`).
+
+A pull belongs to the model, not to whoever asked first: callers wait for it and may leave. With
+nobody waiting it stops after a grace period, and keeps what it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from fetcher.archives import UnpackLimits
+from fetcher.credentials import fingerprint
+from fetcher.errors import (
+    AccessDenied,
+    InProgress,
+    ModelError,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
+from fetcher.jobs import Source
+from fetcher.modelpack import Packing, read_model
+from fetcher.policy import PullPolicy
+from fetcher.threads import run_stoppable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fetcher.credentials import Keychain
+    from fetcher.jobs import Job, Jobs
+    from fetcher.modelpack import Layer, Model, Selection
+    from fetcher.oci import Digest, Manifest, Reference
+    from fetcher.registry import Registry
+    from fetcher.store import ModelTree, Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PullSettings:
+    """How models are pulled."""
+
+    grace: float = 180.0
+    """Seconds that a pull goes on with nobody waiting. More than kubelet's longest pause between
+    two tries of a volume (122 s), so that a pod which is still there finds its pull still going."""
+    blobs: int = 8
+    """Blobs of one model that are fetched at one time."""
+    unpacked_ratio: int = 100
+    """How many times its own size a compressed layer may unpack to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A model that the registry let these credentials read."""
+
+    reference: Reference
+    """With the digest of the manifest."""
+    model: Model
+    keychain: Keychain = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a pull is, in bytes."""
+
+    done: int
+    total: int
+
+
+class Pull:
+    """One model on its way into the store. Made by :meth:`Pulls.join`."""
+
+    def __init__(self, resolved: Resolved, selection: Selection, previous: Pull | None) -> None:
+        self.resolved = resolved
+        self.selection = selection
+        self.previous = previous
+        """A pull of the same tree that was told to stop and may not have ended yet."""
+        self.waiters = 0
+        self.scope = trio.CancelScope()
+        self.finished = trio.Event()
+        self.tree: ModelTree | None = None
+        self.failure: Exception | None = None
+        self.jobs: dict[Digest, Job] = {}
+        self.complete: set[Digest] = set()
+        self.sizes = {
+            layer.descriptor.digest: layer.descriptor.size
+            for layer in resolved.model.layers
+            if selection.wants_layer(layer)
+        }
+
+    def progress(self) -> Progress:
+        """Bytes of the wanted blobs that are here, and bytes in all."""
+        total = sum(self.sizes.values())
+        if self.tree is not None:
+            return Progress(total, total)
+        done = sum(self.sizes[digest] for digest in self.complete)
+        done += sum(job.done for digest, job in self.jobs.items() if digest not in self.complete)
+        return Progress(done, total)
+
+    async def wait(self) -> ModelTree:
+        """Wait for the tree. Raises what the pull failed with; leaving does not stop the pull."""
+        await self.finished.wait()
+        if self.failure is not None:
+            # every waiter gets an exception of its own: a traceback belongs to one task
+            raise copy.copy(self.failure) from self.failure
+        if self.tree is None:
+            raise InProgress(f"the pull of {self.resolved.reference} was stopped: ask again")
+        return self.tree
+
+
+class Pulls:
+    """Resolves references and pulls models, each once. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        jobs: Jobs,
+        settings: PullSettings,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Pulls run in ``nursery``."""
+        self._store = store
+        self._registry = registry
+        self._jobs = jobs
+        self._settings = settings
+        self._nursery = nursery
+        self._pulls: dict[tuple[Digest, str], Pull] = {}
+        self._unpacking: weakref.WeakValueDictionary[Digest, trio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        self._salt = store.catalog.salt()
+
+    # -- resolve -----------------------------------------------------------------------------------
+
+    async def resolve(
+        self, reference: Reference, keychain: Keychain, policy: PullPolicy
+    ) -> Resolved:
+        """The model that ``reference`` names, proven to be readable with ``keychain``.
+
+        Asks the registry as ``policy`` says. Without its word, a model is given only if the
+        registry gave this very digest to these same credentials before. Raises :class:`ModelError`.
+        """
+        credentials = await keychain.lookup(reference.registry, reference.repository)
+        proof = await fingerprint(credentials, self._salt)
+        if policy is PullPolicy.NEVER:
+            return self._recall(reference, keychain, proof, None)
+        try:
+            manifest, top = await self._ask(reference, keychain)
+        except (Unauthenticated, AccessDenied):
+            if reference.digest is not None:
+                self._store.catalog.remove_access(reference, reference.digest, proof)
+            raise
+        except Unavailable as error:
+            if policy is PullPolicy.ALWAYS:
+                raise
+            logger.warning("%s; looking into the store", error.message)
+            return self._recall(reference, keychain, proof, error)
+        model = read_model(manifest)
+        self._store.catalog.add_resolution(reference, top, manifest, proof)
+        return Resolved(reference.with_digest(top), model, keychain)
+
+    async def _ask(self, reference: Reference, keychain: Keychain) -> tuple[Manifest, Digest]:
+        """The model's manifest, and what the registry names for the reference.
+
+        A manifest that was seen before is not sent again: that the registry names its digest to
+        these credentials is the proof that is needed.
+        """
+        top = await self._registry.head_manifest(reference, keychain)
+        if reference.digest is not None and top != reference.digest:
+            raise Unavailable(f"the registry answered for {reference} with another digest, {top}")
+        known = self._store.catalog.manifest(top)
+        if known is not None:
+            return known, top
+        return await self._registry.resolve_model(reference.with_digest(top), keychain)
+
+    def _recall(
+        self, reference: Reference, keychain: Keychain, proof: str, error: Unavailable | None
+    ) -> Resolved:
+        catalog = self._store.catalog
+        digest = reference.digest or catalog.resolved(reference)
+        manifest = catalog.manifest(digest) if digest is not None else None
+        if digest is not None and manifest and catalog.accepted(reference, digest, proof):
+            return Resolved(reference.with_digest(digest), read_model(manifest), keychain)
+        if error is not None:
+            raise error
+        raise NotFound(
+            f"{reference} is not in the store for these credentials, and its pull policy is Never: "
+            "pull it first, or choose another policy",
+            reference=reference,
+        )
+
+    # -- pull --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def join(self, resolved: Resolved, selection: Selection) -> Iterator[Pull]:
+        """The pull of a model, started if none is under way; wait for it inside the block."""
+        key = (resolved.model.digest, selection.key)
+        pull = self._pulls.get(key)
+        if pull is None or pull.scope.cancel_called or pull.finished.is_set():
+            pull = Pull(resolved, selection, previous=pull)
+            self._pulls[key] = pull
+            name = f"pull {resolved.model.digest.short}"
+            self._nursery.start_soon(self._run, pull, key, name=name)
+        pull.waiters += 1
+        # somebody is here again: the grace period, if it runs, is over
+        pull.scope.deadline = float("inf")
+        try:
+            yield pull
+        finally:
+            pull.waiters -= 1
+            if pull.waiters == 0 and not pull.finished.is_set():
+                pull.scope.deadline = trio.current_time() + self._settings.grace
+
+    def running(self) -> list[Pull]:
+        """The pulls that are under way."""
+        return list(self._pulls.values())
+
+    async def _run(self, pull: Pull, key: tuple[Digest, str]) -> None:
+        """Run one pull to its end; its failures belong to its waiters, never to the nursery."""
+        reference = pull.resolved.reference
+        started = trio.current_time()
+        try:
+            with pull.scope:
+                if pull.previous is not None:
+                    await pull.previous.finished.wait()
+                    pull.previous = None
+                pull.tree = await self._pull(pull)
+                seconds = trio.current_time() - started
+                logger.info("%s is complete, after %.1f s", reference, seconds)
+            if pull.scope.cancelled_caught:
+                logger.info("the pull of %s was stopped: nobody waited for it", reference)
+        except Exception as error:
+            if isinstance(error, ModelError):
+                logger.warning("the pull of %s failed: %s", reference, error.message)
+            else:
+                logger.exception("fault of this program while pulling %s", reference)
+            pull.failure = error
+        finally:
+            if self._pulls.get(key) is pull:
+                del self._pulls[key]
+            pull.finished.set()
+
+    async def _pull(self, pull: Pull) -> ModelTree:
+        model, selection = pull.resolved.model, pull.selection
+        tree = self._store.tree(model.digest, selection)
+        if tree is not None:
+            self._store.catalog.touch_model(model.digest, selection.key)
+            return tree
+        layers = {
+            layer.descriptor.digest: layer for layer in model.layers if selection.wants_layer(layer)
+        }
+        missing = [layer for layer in layers.values() if not self._store.has_content(layer)]
+        pull.complete.update(layers.keys() - {layer.descriptor.digest for layer in missing})
+        self._check_space(pull.resolved.reference, missing)
+        await self._fetch_layers(pull, missing)
+        planned = await run_stoppable(lambda _: self._store.plan(model, selection))
+        tree = await run_stoppable(lambda stop: self._store.build(model, selection, planned, stop))
+        self._store.add_tree(tree, selection)
+        return tree
+
+    def _check_space(self, reference: Reference, missing: list[Layer]) -> None:
+        needed = 0
+        for layer in missing:
+            needed += self._store.missing_bytes(layer.descriptor)
+            if layer.packing is not Packing.RAW:
+                # what it unpacks to is at least its own size, but for text; that shows later
+                needed += layer.descriptor.size
+        if needed:
+            self._store.check_space(needed, str(reference))
+
+    async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
+        """Fetch and unpack layers, several at a time. The first failure stops the others."""
+        failures: list[ModelError] = []
+        places = trio.CapacityLimiter(self._settings.blobs)
+
+        async def fetch(layer: Layer, scope: trio.CancelScope) -> None:
+            try:
+                async with places:
+                    await self._fetch_layer(pull, layer)
+            except ModelError as error:
+                failures.append(error)
+                scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for layer in missing:
+                nursery.start_soon(fetch, layer, nursery.cancel_scope)
+        if failures:
+            raise failures[0]
+
+    async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
+        digest = layer.descriptor.digest
+        source = Source(pull.resolved.reference, pull.resolved.keychain)
+        with self._jobs.join(layer.descriptor, source) as job:
+            pull.jobs[digest] = job
+            await job.wait()
+            if layer.packing is not Packing.RAW:
+                # another selection of this model may be at the same layer
+                async with self._unpacking.setdefault(digest, trio.Lock()):
+                    await self._unpack(layer)
+        pull.complete.add(digest)
+
+    async def _unpack(self, layer: Layer) -> None:
+        if not self._store.has_unpacked(layer):
+            size = layer.descriptor.size
+            limits = UnpackLimits(max_bytes=size * self._settings.unpacked_ratio + 1024 * 1024)
+            await run_stoppable(lambda stop: self._store.unpack(layer, limits, stop))
+        self._store.drop_packed(layer)

@@ -1,0 +1,69 @@
+"""Ranges of bytes: half-open everywhere inside, HTTP's inclusive form only here.
+
+RFC 9110 section 14 (range requests) is what a registry speaks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fetcher.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Range:
+    """The bytes from ``start`` up to, not including, ``stop``."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"no such range: {self.start} to {self.stop}")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def http(self) -> str:
+        """The value that follows ``bytes=`` in a ``Range`` header; the range must not be empty."""
+        if not self:
+            raise ValueError("HTTP has no empty range")
+        return f"{self.start}-{self.stop - 1}"
+
+    def split(self, most: int) -> Iterator[Range]:
+        """This range as consecutive ones of at most ``most`` bytes."""
+        for start in range(self.start, self.stop, most):
+            yield Range(start, min(start + most, self.stop))
+
+
+def join_chunks(chunks: Iterable[int], chunk_size: int, size: int) -> Iterator[Range]:
+    """The byte ranges that ascending chunk numbers of a blob of ``size`` bytes cover, joined."""
+    start = stop = -1
+    for chunk in chunks:
+        if chunk != stop:
+            if start >= 0:
+                yield Range(start * chunk_size, min(stop * chunk_size, size))
+            start = chunk
+        stop = chunk + 1
+    if start >= 0:
+        yield Range(start * chunk_size, min(stop * chunk_size, size))
+
+
+def parse_content_range(text: str) -> tuple[Range, int | None]:
+    """Read a ``Content-Range``: the range, and the whole size unless the server hides it.
+
+    Raises :class:`Unavailable` for what is not one, as another source or another try may be right.
+    """
+    match = _CONTENT_RANGE.fullmatch(text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise Unavailable(f"the server's Content-Range cannot be read: {text[:80]!r}")
+    whole = None if match[3] == "*" else int(match[3])
+    return Range(int(match[1]), int(match[2]) + 1), whole

@@ -1,0 +1,8 @@
+"""The store: the only code that writes below the root."""
+
+from fetcher.store.catalog import StoredModel
+from fetcher.store.database import Database
+from fetcher.store.store import Store
+from fetcher.store.trees import ModelTree
+
+__all__ = ["Database", "ModelTree", "Store", "StoredModel"]

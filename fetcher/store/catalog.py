@@ -1,0 +1,186 @@
+"""What the store knows, in ``state.db``: blobs, models, manifests, tags, and who may read what."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from fetcher.oci import Digest, Manifest, parse_manifest
+
+if TYPE_CHECKING:
+    from fetcher.oci import Reference
+    from fetcher.store.database import Database
+
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS blobs (
+    digest TEXT PRIMARY KEY, size INTEGER NOT NULL, completed REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS models (
+    digest TEXT NOT NULL, selection TEXT NOT NULL, size INTEGER NOT NULL, files INTEGER NOT NULL,
+    completed REAL NOT NULL, used REAL NOT NULL, PRIMARY KEY (digest, selection)) STRICT;
+CREATE TABLE IF NOT EXISTS manifests (
+    top TEXT PRIMARY KEY, digest TEXT NOT NULL, media_type TEXT NOT NULL, body BLOB NOT NULL)
+    STRICT;
+CREATE TABLE IF NOT EXISTS tags (
+    reference TEXT PRIMARY KEY, digest TEXT NOT NULL, resolved REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS accesses (
+    name TEXT NOT NULL, digest TEXT NOT NULL, fingerprint TEXT NOT NULL, accepted REAL NOT NULL,
+    PRIMARY KEY (name, digest, fingerprint)) STRICT;
+CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One tree in the store, as ``model-csi ls`` shows it."""
+
+    digest: Digest
+    selection: str
+    references: tuple[str, ...]
+    size: int
+    files: int
+    last_used: float
+    """Seconds since the epoch."""
+
+
+class Catalog:
+    """The store's own tables. Used from the trio thread only, like the database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        database.connection.executescript(_TABLES)
+
+    def salt(self) -> bytes:
+        """The random bytes that fingerprints of credentials are made with here; made once."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO settings VALUES ('salt', ?)", (os.urandom(16),)
+            )
+            (salt,) = connection.execute("SELECT value FROM settings WHERE key = 'salt'").fetchone()
+        return bytes(salt)
+
+    def add_blob(self, digest: Digest, size: int) -> None:
+        """Record that a blob was verified and synchronised."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?)", (str(digest), size, time.time())
+            )
+
+    def has_blob(self, digest: Digest, size: int) -> bool:
+        """Whether a blob is complete, by the records."""
+        row = self._database.connection.execute(
+            "SELECT 1 FROM blobs WHERE digest = ? AND size = ?", (str(digest), size)
+        ).fetchone()
+        return row is not None
+
+    def remove_blob(self, digest: Digest) -> None:
+        """Forget a blob."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),))
+
+    def add_model(self, digest: Digest, selection: str, size: int, files: int) -> None:
+        """Record a tree that was built."""
+        now = time.time()
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?)",
+                (str(digest), selection, size, files, now, now),
+            )
+
+    def model(self, digest: Digest, selection: str) -> tuple[int, int] | None:
+        """Bytes and files of a recorded tree."""
+        row = self._database.connection.execute(
+            "SELECT size, files FROM models WHERE digest = ? AND selection = ?",
+            (str(digest), selection),
+        ).fetchone()
+        return None if row is None else (int(row[0]), int(row[1]))
+
+    def remove_model(self, digest: Digest, selection: str) -> None:
+        """Forget a tree."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "DELETE FROM models WHERE digest = ? AND selection = ?", (str(digest), selection)
+            )
+
+    def touch_model(self, digest: Digest, selection: str) -> None:
+        """Note that a tree is being used now."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE models SET used = ? WHERE digest = ? AND selection = ?",
+                (time.time(), str(digest), selection),
+            )
+
+    def models(self) -> list[StoredModel]:
+        """All recorded trees, last used first."""
+        rows = self._database.connection.execute(
+            "SELECT digest, selection, size, files, used FROM models ORDER BY used DESC, digest"
+        ).fetchall()
+        return [
+            StoredModel(
+                Digest.parse(digest), selection, self._references(digest), size, files, used
+            )
+            for digest, selection, size, files, used in rows
+        ]
+
+    def _references(self, digest: str) -> tuple[str, ...]:
+        rows = self._database.connection.execute(
+            "SELECT reference FROM tags JOIN manifests ON tags.digest = manifests.top "
+            "WHERE manifests.digest = ? ORDER BY reference",
+            (digest,),
+        )
+        return tuple(reference for (reference,) in rows)
+
+    def add_resolution(
+        self, reference: Reference, top: Digest, manifest: Manifest, fingerprint: str
+    ) -> None:
+        """Record that the registry named ``top`` for ``reference`` to these credentials.
+
+        ``manifest`` is what ``top`` names, or what an index with that digest led to on this node.
+        """
+        now = time.time()
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO manifests VALUES (?, ?, ?, ?)",
+                (str(top), str(manifest.digest), manifest.media_type, manifest.body),
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO tags VALUES (?, ?, ?)", (str(reference), str(top), now)
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO accesses VALUES (?, ?, ?, ?)",
+                (reference.name, str(top), fingerprint, now),
+            )
+
+    def remove_access(self, reference: Reference, digest: Digest, fingerprint: str) -> None:
+        """Forget that these credentials were accepted: the registry has refused them since."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "DELETE FROM accesses WHERE name = ? AND digest = ? AND fingerprint = ?",
+                (reference.name, str(digest), fingerprint),
+            )
+
+    def accepted(self, reference: Reference, digest: Digest, fingerprint: str) -> bool:
+        """Whether the registry ever let these credentials read ``digest`` below this name."""
+        row = self._database.connection.execute(
+            "SELECT 1 FROM accesses WHERE name = ? AND digest = ? AND fingerprint = ?",
+            (reference.name, str(digest), fingerprint),
+        ).fetchone()
+        return row is not None
+
+    def resolved(self, reference: Reference) -> Digest | None:
+        """What ``reference`` last resolved to: the digest of a manifest or an index."""
+        row = self._database.connection.execute(
+            "SELECT digest FROM tags WHERE reference = ?", (str(reference),)
+        ).fetchone()
+        return None if row is None else Digest.parse(row[0])
+
+    def manifest(self, top: Digest) -> Manifest | None:
+        """The model's manifest that ``top`` led to before; its bytes are checked again."""
+        row = self._database.connection.execute(
+            "SELECT digest, media_type, body FROM manifests WHERE top = ?", (str(top),)
+        ).fetchone()
+        if row is None or not Digest.parse(row[0]).matches(row[2]):
+            return None
+        manifest = parse_manifest(row[2], row[1])
+        return manifest if isinstance(manifest, Manifest) else None

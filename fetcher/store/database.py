@@ -1,0 +1,75 @@
+"""``<root>/state.db``: the one SQLite database of a node.
+
+Write-ahead log with full synchronisation: what a transaction wrote is there after a power loss. It
+is used from the trio thread only; every statement is short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from typing import TYPE_CHECKING, Final
+
+from fetcher.errors import ModelError, NoSpace, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SCHEMA_VERSION: Final = 1
+
+
+class Database:
+    """An open database; every owner of tables creates its own with ``IF NOT EXISTS``."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create ``path``. Raises :class:`ModelError` when it cannot be used."""
+        self._path = path
+        try:
+            self.connection = sqlite3.connect(path, isolation_level=None)
+            self._prepare()
+        except sqlite3.Error as error:
+            raise _translated(error, path) from error
+
+    def _prepare(self) -> None:
+        execute = self.connection.execute
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = FULL")
+        execute("PRAGMA foreign_keys = ON")
+        (version,) = execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            self.connection.close()
+            raise Unsupported(
+                f"{self._path} was written by a newer model-csi (its schema is {version}, this "
+                f"program knows {SCHEMA_VERSION}): run the newer version, or use another root"
+            )
+        execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block or nothing; durable when it returns. Not to be nested, no ``await``."""
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.connection
+            except BaseException:
+                self.connection.execute("ROLLBACK")
+                raise
+            self.connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise _translated(error, self._path) from error
+
+    def close(self) -> None:
+        """Close it; later use is a programming mistake."""
+        self.connection.close()
+
+
+def _translated(error: sqlite3.Error, path: Path) -> ModelError:
+    if getattr(error, "sqlite_errorcode", None) in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR_WRITE,
+    ):
+        return NoSpace(f"{path} cannot be written: the disk is full; free some space", path=path)
+    return ModelError(f"{path} cannot be used: {error}", path=path)

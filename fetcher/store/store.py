@@ -1,0 +1,281 @@
+"""The store of a node: the only code that writes below the root, mounts and records aside."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from fetcher.artifacts import FileEntry, HardLinkEntry, Tree
+from fetcher.errors import InProgress, ModelError, NoSpace
+from fetcher.modelpack import Packing
+from fetcher.quantities import bytes_text
+from fetcher.store.blobs import PartialBlob, disk_error
+from fetcher.store.catalog import Catalog
+from fetcher.store.database import Database
+from fetcher.store.layers import UnpackedLayer, load_layer, unpack_layer
+from fetcher.store.trees import ModelTree, build_tree, measure_tree
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from fetcher.archives import UnpackLimits
+    from fetcher.artifacts import Entry
+    from fetcher.modelpack import Layer, Model, Selection
+    from fetcher.oci import Descriptor, Digest
+
+_KEPT_FREE: Final = 64 * 1024 * 1024
+"""Bytes that a pull leaves on the disk, for the database and whoever else writes there."""
+
+
+class Store:
+    """Blobs, unpacked layers, trees and their records below one root.
+
+    Made by :meth:`open`. Methods that say so run in a worker thread; all others belong to the trio
+    thread, and are short.
+    """
+
+    def __init__(self, root: Path, lock: int, database: Database, chunk_size: int) -> None:
+        self.root = root
+        self.database = database
+        self.catalog = Catalog(database)
+        self._lock = lock
+        self._chunk_size = chunk_size
+
+    @classmethod
+    def open(cls, root: Path, chunk_size: int = 4 * 1024 * 1024) -> Store:
+        """Open the store at ``root``, made if it is not there. One process at a time.
+
+        Its cost does not grow with what the store holds. Raises :class:`InProgress` when another
+        process has it open, naming that process, and :class:`ModelError` when it cannot be used.
+        """
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("blobs", "models"):
+                (root / name).mkdir(mode=0o700, exist_ok=True)
+            lock = _lock(root / "lock")
+        except OSError as error:
+            raise disk_error(error, root) from error
+        try:
+            return cls(root, lock, Database(root / "state.db"), chunk_size)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def close(self) -> None:
+        """Close it and let the next process in."""
+        self.database.close()
+        os.close(self._lock)
+
+    @property
+    def models_folder(self) -> Path:
+        """Where all trees lie: the source of every bind mount of an eager volume."""
+        return self.root / "models"
+
+    # -- blobs -------------------------------------------------------------------------------------
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where the bytes of a blob lie."""
+        return self.root / "blobs" / digest.algorithm / digest.hex
+
+    def _chunks_path(self, digest: Digest) -> Path:
+        return self.blob_path(digest).with_name(digest.hex + ".chunks")
+
+    def _files_path(self, digest: Digest) -> Path:
+        return self.blob_path(digest).with_name(digest.hex + ".files")
+
+    def has_blob(self, blob: Descriptor) -> bool:
+        """Whether the blob is complete: verified, synchronised, and its file still there."""
+        if not self.catalog.has_blob(blob.digest, blob.size):
+            return False
+        try:
+            there = self.blob_path(blob.digest).stat().st_size == blob.size
+        except FileNotFoundError:
+            there = False
+        if not there:
+            self.catalog.remove_blob(blob.digest)
+        return there
+
+    def open_partial(self, blob: Descriptor) -> PartialBlob:
+        """Open what is there of an incomplete blob, to fill it. Raises :class:`ModelError`."""
+        path = self.blob_path(blob.digest)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            # a complete blob's file without its record may be half written: it is not believed
+            if not self._chunks_path(blob.digest).exists():
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, path) from error
+        chunks = self._chunks_path(blob.digest)
+        return PartialBlob(path, chunks, blob.digest, blob.size, self._chunk_size)
+
+    def missing_bytes(self, blob: Descriptor) -> int:
+        """Bytes of the blob that take new space on the disk when it is fetched."""
+        try:
+            taken = self.blob_path(blob.digest).stat().st_blocks * 512
+        except FileNotFoundError:
+            return blob.size
+        return max(blob.size - taken, 0)
+
+    def complete_blob(self, blob: Descriptor) -> None:
+        """Record a blob that was verified and synchronised, and drop its chunk map."""
+        self.catalog.add_blob(blob.digest, blob.size)
+        self._chunks_path(blob.digest).unlink(missing_ok=True)
+
+    def discard_blob(self, digest: Digest) -> None:
+        """Remove a blob whose bytes proved wrong."""
+        self.catalog.remove_blob(digest)
+        self.blob_path(digest).unlink(missing_ok=True)
+        self._chunks_path(digest).unlink(missing_ok=True)
+
+    def check_space(self, needed: int, what: str) -> None:
+        """Raise :class:`NoSpace` unless ``needed`` more bytes fit on the disk."""
+        state = os.statvfs(self.root)
+        free = state.f_bavail * state.f_frsize
+        if needed + _KEPT_FREE > free:
+            raise NoSpace(
+                f"{what} does not fit: it needs {bytes_text(needed)} more below {self.root}, where "
+                f"{bytes_text(free)} are free, of which {bytes_text(_KEPT_FREE)} are kept free",
+                needed=needed,
+                free=free,
+                kept_free=_KEPT_FREE,
+            )
+
+    # -- layers and trees --------------------------------------------------------------------------
+
+    def has_content(self, layer: Layer) -> bool:
+        """Whether nothing of this layer needs to be fetched."""
+        if layer.packing is Packing.RAW:
+            return self.has_blob(layer.descriptor)
+        return self.has_unpacked(layer)
+
+    def has_unpacked(self, layer: Layer) -> bool:
+        """Whether this tar layer has been unpacked."""
+        return self._files_path(layer.descriptor.digest).is_dir()
+
+    def unpack(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> UnpackedLayer:
+        """Unpack a complete tar layer, in a worker thread; see :func:`unpack_layer`."""
+        digest = layer.descriptor.digest
+        # entries are checked among themselves here, and with those of the other layers in `plan`
+        entries = Tree()
+
+        def check(entry: Entry) -> None:
+            entries.add(entry)
+
+        return unpack_layer(
+            self.blob_path(digest), self._files_path(digest), layer.packing, limits, stop, check
+        )
+
+    def drop_packed(self, layer: Layer) -> None:
+        """Remove the blob of a layer that was unpacked: its files are what trees link to.
+
+        Kept where some tree shows the blob itself, as another model's raw layer.
+        """
+        digest = layer.descriptor.digest
+        try:
+            shown = self.blob_path(digest).stat().st_nlink > 1
+        except FileNotFoundError:
+            shown = False
+        if not shown:
+            self.discard_blob(digest)
+
+    def plan(self, model: Model, selection: Selection) -> tuple[Tree, dict[str, Path]]:
+        """The tree that ``selection`` leaves of a model whose content is all here, and its sources.
+
+        Reads the indexes of unpacked layers; for a worker thread. Raises
+        :class:`fetcher.errors.InvalidArtifact` when layers contradict each other.
+        """
+        tree = Tree()
+        sources: dict[str, Path] = {}
+        for layer in model.layers:
+            if not selection.wants_layer(layer):
+                continue
+            if layer.packing is Packing.RAW:
+                self._plan_raw(layer, tree, sources)
+            else:
+                self._plan_unpacked(layer, selection, tree, sources)
+        return tree, sources
+
+    def _plan_raw(self, layer: Layer, tree: Tree, sources: dict[str, Path]) -> None:
+        if layer.path is None:
+            raise ValueError(f"a raw layer without a path: {layer}")
+        size = layer.descriptor.size
+        tree.add(FileEntry(layer.path, size, layer.executable, layer.mtime_ns))
+        sources[layer.path] = self.blob_path(layer.descriptor.digest)
+
+    def _plan_unpacked(
+        self, layer: Layer, selection: Selection, tree: Tree, sources: dict[str, Path]
+    ) -> None:
+        unpacked = load_layer(self._files_path(layer.descriptor.digest))
+        places = {file.entry.path: file for file in unpacked.files}
+        for entry in unpacked.entries:
+            if not selection.wants_path(layer.kind, entry.path):
+                continue
+            if isinstance(entry, HardLinkEntry):
+                # every file of a tree is a hard link: this is one name more, whether or not the
+                # first one is wanted
+                first = places[entry.target]
+                tree.add(replace(first.entry, path=entry.path))
+                sources[entry.path] = first.source
+                continue
+            tree.add(entry)
+            if isinstance(entry, FileEntry):
+                sources[entry.path] = places[entry.path].source
+
+    def _tree_path(self, digest: Digest, selection: Selection) -> Path:
+        name = f"{digest.hex}.{selection.key}" if selection.key else digest.hex
+        return self.models_folder / digest.algorithm / name
+
+    def build(
+        self,
+        model: Model,
+        selection: Selection,
+        planned: tuple[Tree, Mapping[str, Path]],
+        stop: threading.Event,
+    ) -> ModelTree:
+        """Build the tree in a worker thread; :meth:`add_tree` then records it."""
+        path = self._tree_path(model.digest, selection)
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        if path.exists():
+            # whole, as it was renamed into place: its builder was killed before it could record it,
+            # and volumes may be bound to it already
+            size, files = measure_tree(planned[0])
+        else:
+            size, files = build_tree(*planned, path, stop)
+        return ModelTree(path, model.digest, size, files)
+
+    def add_tree(self, tree: ModelTree, selection: Selection) -> None:
+        """Record a tree that was built."""
+        self.catalog.add_model(tree.digest, selection.key, tree.size, tree.files)
+
+    def tree(self, digest: Digest, selection: Selection) -> ModelTree | None:
+        """A model's tree if it was built before and is still there."""
+        recorded = self.catalog.model(digest, selection.key)
+        if recorded is None:
+            return None
+        path = self._tree_path(digest, selection)
+        if not path.is_dir():
+            self.catalog.remove_model(digest, selection.key)
+            return None
+        return ModelTree(path, digest, *recorded)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise InProgress(
+            f"the store at {path.parent} is in use by process {holder}", root=path.parent
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise ModelError(f"{path} cannot be locked: {error.strerror}") from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
