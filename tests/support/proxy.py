@@ -1,0 +1,214 @@
+"""A proxy in front of a real registry that counts, slows, cuts, stalls and corrupts blob bytes.
+
+Requests pass through unchanged, answers too, but for what :class:`Faults` says about the answers to
+``GET`` of a blob. Faults may be changed while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import socketserver
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BLOB = re.compile(r"/v2/.+/blobs/(?P<digest>[a-z0-9]+:[0-9a-f]+)")
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host"}
+_PIECE = 64 * 1024
+
+
+@dataclass
+class Faults:
+    """What is done to the answers for blobs. Bytes are counted over the body of one answer."""
+
+    bytes_per_second: float | None = None
+    """A limit for all connections together."""
+    cut_after: int | None = None
+    """Close the connection after so many bytes."""
+    cuts_left: int | None = None
+    """How many answers are cut; ``None`` for all."""
+    corrupt_at: int | None = None
+    """Flip a bit of the byte at this offset of the blob."""
+    ignore_range: bool = False
+    statuses: list[int] = field(default_factory=list)
+    """Statuses that the next blob requests get in turn instead of an answer."""
+    stall: threading.Event | None = None
+    """While it is clear, no blob bytes flow."""
+    extra_headers: dict[str, str] = field(default_factory=dict)
+
+
+class Counts:
+    """What went through, by digest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.bytes: dict[str, int] = {}
+        self.requests: list[tuple[str, str]] = []
+        """Method and path of every request, in the order of their arrival."""
+
+    def add(self, digest: str, count: int) -> None:
+        with self._lock:
+            self.bytes[digest] = self.bytes.get(digest, 0) + count
+
+    def request(self, method: str, path: str) -> None:
+        with self._lock:
+            self.requests.append((method, path))
+
+    @property
+    def total(self) -> int:
+        """Bytes of blobs sent, all together."""
+        with self._lock:
+            return sum(self.bytes.values())
+
+    def blob_requests(self) -> int:
+        with self._lock:
+            return sum(
+                1 for method, path in self.requests if method == "GET" and _BLOB.fullmatch(path)
+            )
+
+
+class _Pace:
+    """Deals out bytes at a rate, to all connections together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def wait(self, count: int, rate: float) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._next = max(self._next, now) + count / rate
+            pause = self._next - now
+        time.sleep(pause)
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """A running proxy; ``address`` is ``127.0.0.1:PORT``."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 64
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream
+        self.faults = Faults()
+        self.counts = Counts()
+        self.pace = _Pace()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away in the middle are what these tests are about."""
+
+    def take_cut(self) -> int | None:
+        """After how many bytes this answer is to be cut."""
+        faults = self.faults
+        if faults.cut_after is None or faults.cuts_left == 0:
+            return None
+        if faults.cuts_left is not None:
+            faults.cuts_left -= 1
+        return faults.cut_after
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_GET(self) -> None:
+        self._pass_on()
+
+    def do_HEAD(self) -> None:
+        self._pass_on()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: tests look at the counts."""
+
+    def _pass_on(self) -> None:
+        self.server.counts.request(self.command, self.path)
+        match = _BLOB.fullmatch(self.path)
+        is_blob = self.command == "GET" and match is not None
+        faults = self.server.faults
+        if is_blob and faults.statuses:
+            self._answer_status(faults.statuses.pop(0))
+            return
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in _HOP_BY_HOP
+            and not (is_blob and faults.ignore_range and name.lower() == "range")
+        }
+        upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
+        try:
+            upstream.request(self.command, self.path, headers=headers)
+            answer = upstream.getresponse()
+            self.send_response_only(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in _HOP_BY_HOP:
+                    self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if match is not None and is_blob:
+                self._send_blob(answer, match["digest"])
+            else:
+                self.wfile.write(answer.read())
+        finally:
+            upstream.close()
+
+    def _answer_status(self, status: int) -> None:
+        self.send_response_only(status)
+        for name, value in self.server.faults.extra_headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send_blob(self, answer: http.client.HTTPResponse, digest: str) -> None:
+        content_range = re.match(r"bytes (\d+)-", answer.getheader("Content-Range") or "")
+        offset = int(content_range[1]) if content_range else 0
+        cut = self.server.take_cut()
+        sent = 0
+        while piece := answer.read(_PIECE):
+            faults = self.server.faults
+            if faults.stall is not None:
+                faults.stall.wait(60)
+            if faults.bytes_per_second is not None:
+                self.server.pace.wait(len(piece), faults.bytes_per_second)
+            if cut is not None:
+                piece = piece[: cut - sent]
+            self.wfile.write(_corrupted(piece, offset + sent, faults.corrupt_at))
+            self.server.counts.add(digest, len(piece))
+            sent += len(piece)
+            if cut is not None and sent >= cut:
+                self.close_connection = True
+                return
+
+
+def _corrupted(piece: bytes, offset: int, at: int | None) -> bytes:
+    if at is None or not offset <= at < offset + len(piece):
+        return piece
+    changed = bytearray(piece)
+    changed[at - offset] ^= 1
+    return bytes(changed)
+
+
+@contextlib.contextmanager
+def serve_proxy(upstream: str) -> Iterator[Proxy]:
+    """Run a proxy in front of the registry at ``upstream``, ``host:port``."""
+    with Proxy(upstream) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            proxy.shutdown()
+            thread.join()
