@@ -1,0 +1,337 @@
+"""What is spoken on ``<root>/agent.sock``: newline-delimited JSON over a unix stream socket.
+
+A request is one line, ``{"call": name, "params": {...}}``. Its answer is any number of
+``{"progress": {"done": n, "total": n}}`` lines and one last line, ``{"result": {...}}`` or
+``{"error": {"code": ..., "message": ..., "context": {...}}}``, where ``code`` is the name of a
+class of :mod:`fetcher.errors`. A connection carries one call at a time, as many after another as it
+likes; a client that closes its end stops waiting. Lines have a bounded size in both directions.
+
+Commands and (later) the workers of lazy volumes import this module, so it knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from fetcher.errors import ModelError
+from fetcher.lines import Malformed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_REQUEST_BYTES: Final = 1024 * 1024
+"""A reference, a folder, credentials and patterns are far below this."""
+
+MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
+"""The longest is a list of some ten thousand layers, models or volumes."""
+
+Text = Annotated[str, Meta(max_length=4096)]
+Secret = Annotated[str, Meta(max_length=64 * 1024)]
+
+
+def socket_path(root: Path) -> Path:
+    """Where the agent that owns ``root`` listens."""
+    return root / "agent.sock"
+
+
+# ---------------------------------------------------------------------------------- parameters
+
+
+class Login(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the caller shows to the registry of the call's own reference, and to no other."""
+
+    username: Secret = ""
+    password: Secret = ""
+    identity_token: Secret = ""
+
+    def __repr__(self) -> str:
+        return "Login(…)"
+
+    __str__ = __repr__
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
+class NoParams(Struct, frozen=True, forbid_unknown_fields=True):
+    """A call that takes nothing."""
+
+
+class InspectParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    reference: Text
+    login: Login | None = None
+
+
+class PullParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    reference: Text
+    pull_policy: Text = "IfNotPresent"
+    exclude_weights: bool = False
+    exclude_patterns: Annotated[tuple[Text, ...], Meta(max_length=1000)] = ()
+    login: Login | None = None
+
+
+class MountParams(PullParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    target: Text
+    """Absolute and resolved: the agent's working folder is not the caller's."""
+
+
+class UnmountParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    target: Text
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+class PingResult(Struct, frozen=True, kw_only=True):
+    version: str
+    pid: int
+
+
+class HandoverResult(Struct, frozen=True, kw_only=True):
+    pid: int
+    """The process that is about to leave the store."""
+
+
+class PullResult(Struct, frozen=True, kw_only=True):
+    reference: str
+    digest: str
+    path: str
+    """The folder with the model's files."""
+    size: int
+    files: int
+    fetched: int
+    """Bytes that were not in the store when the call came."""
+    seconds: float
+
+
+class MountResult(Struct, frozen=True, kw_only=True):
+    reference: str
+    digest: str
+    target: str
+    volume_id: str
+
+
+class UnmountResult(Struct, frozen=True, kw_only=True):
+    target: str
+    volume_id: str
+    was_mounted: bool
+
+
+class ModelRow(Struct, frozen=True, kw_only=True):
+    digest: str
+    selection: str
+    """The key of what was left out; empty when nothing was."""
+    references: tuple[str, ...]
+    size: int
+    files: int
+    last_used: float
+    """Seconds since the epoch."""
+    volumes: tuple[str, ...]
+    """The ids of the volumes that show it now."""
+
+
+class ListResult(Struct, frozen=True, kw_only=True):
+    models: tuple[ModelRow, ...]
+
+
+class LayerRow(Struct, frozen=True, kw_only=True):
+    digest: str
+    media_type: str
+    kind: str
+    packing: str
+    size: int
+    path: str | None
+
+
+class InspectResult(Struct, frozen=True, kw_only=True):
+    reference: str
+    digest: str
+    artifact_type: str
+    size: int
+    layers: tuple[LayerRow, ...]
+    annotations: dict[str, str]
+    config: Any
+    """The model's config as the registry has it; None when it is not JSON."""
+
+
+class VolumeRow(Struct, frozen=True, kw_only=True):
+    id: str
+    target: str
+    reference: str
+    digest: str
+    state: str
+    pod: str | None
+
+
+class PullRow(Struct, frozen=True, kw_only=True):
+    reference: str
+    digest: str
+    done: int
+    total: int
+    rate: float
+    """Bytes per second, lately."""
+    waiters: int
+
+
+class AgentRow(Struct, frozen=True, kw_only=True):
+    pid: int
+    role: str
+    """``serve``, or ``command`` for a command that is the agent while it runs."""
+    mode: str
+    driver_name: str
+    version: str
+    started: float
+
+
+class DiskRow(Struct, frozen=True, kw_only=True):
+    used: int
+    """Bytes that the models and what is being fetched take."""
+    free: int
+    total: int
+
+
+class StatusResult(Struct, frozen=True, kw_only=True):
+    root: str
+    agent: AgentRow | None
+    volumes: tuple[VolumeRow, ...]
+    pulls: tuple[PullRow, ...]
+    disk: DiskRow | None
+
+
+# --------------------------------------------------------------------------------------- calls
+
+ParamsT = TypeVar("ParamsT", bound=Struct)
+ResultT = TypeVar("ResultT", bound=Struct)
+ParamsCo = TypeVar("ParamsCo", bound=Struct, covariant=True)
+ResultCo = TypeVar("ResultCo", bound=Struct, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[ParamsCo, ResultCo]):
+    """One call by name, with the types of what goes in and what comes out."""
+
+    name: str
+    params: type[ParamsCo]
+    result: type[ResultCo]
+
+
+PING: Final = Call("ping", NoParams, PingResult)
+PULL: Final = Call("pull", PullParams, PullResult)
+MOUNT: Final = Call("mount", MountParams, MountResult)
+UNMOUNT: Final = Call("unmount", UnmountParams, UnmountResult)
+LIST: Final = Call("ls", NoParams, ListResult)
+INSPECT: Final = Call("inspect", InspectParams, InspectResult)
+STATUS: Final = Call("status", NoParams, StatusResult)
+HANDOVER: Final = Call("handover", NoParams, HandoverResult)
+"""Asks a command that is the agent to leave the store to the caller; a serving agent refuses."""
+
+
+# ------------------------------------------------------------------------------------ messages
+
+
+class Request(Struct, frozen=True, forbid_unknown_fields=True):
+    call: Annotated[str, Meta(max_length=64)]
+    params: Raw = Raw(b"{}")
+
+    def __repr__(self) -> str:
+        return f"Request({self.call!r}, …)"
+
+
+class ProgressBody(Struct, frozen=True):
+    """Bytes that are there, of the bytes that are wanted."""
+
+    done: int
+    total: int
+
+
+class ErrorBody(Struct, frozen=True):
+    code: str
+    message: str
+    context: dict[str, str] = {}
+
+
+class Answer(Struct, frozen=True):
+    """One line of an answer; exactly one field is set, for ``result`` to something not empty."""
+
+    progress: ProgressBody | None = None
+    error: ErrorBody | None = None
+    result: Raw = Raw(b"")
+
+
+def encode_request(call: Call[ParamsT, ResultT], params: ParamsT) -> bytes:
+    """The line that makes ``call``."""
+    return _line(Request(call.name, Raw(msgspec.json.encode(params))))
+
+
+def decode_request(line: bytes) -> Request:
+    """Read a request line; :class:`Malformed` when it is none."""
+    return _decode(line, Request, "the request")
+
+
+def decode_params(request: Request, call: Call[ParamsT, ResultT]) -> ParamsT:
+    """Read the parameters of ``request``; :class:`Malformed` when they are not ``call``'s."""
+    return _decode(bytes(request.params), call.params, f"the parameters of {call.name}")
+
+
+def encode_progress(done: int, total: int) -> bytes:
+    return _line({"progress": ProgressBody(done, total)})
+
+
+def encode_result(result: Struct) -> bytes:
+    return _line({"result": result})
+
+
+def encode_error(error: ModelError) -> bytes:
+    body = ErrorBody(type(error).__name__, error.message[:4096], error.context)
+    return _line({"error": body})
+
+
+def decode_answer(line: bytes) -> Answer:
+    """Read one line of an answer; :class:`Malformed` when it is none."""
+    return _decode(line, Answer, "the agent's answer")
+
+
+def decode_result(answer: Answer, call: Call[ParamsT, ResultT]) -> ResultT:
+    """Read the result of ``call``; :class:`Malformed` when it is none."""
+    return _decode(bytes(answer.result), call.result, f"the result of {call.name}")
+
+
+def error_of(body: ErrorBody) -> ModelError:
+    """The exception that the other side raised, of the class it had there."""
+    error = _error_classes().get(body.code, ModelError)(body.message)
+    error.context = dict(body.context)
+    return error
+
+
+def _error_classes() -> dict[str, type[ModelError]]:
+    found: dict[str, type[ModelError]] = {}
+    waiting = [ModelError]
+    while waiting:
+        one = waiting.pop()
+        found[one.__name__] = one
+        waiting.extend(one.__subclasses__())
+    return found
+
+
+def _line(message: Struct | dict[str, Struct]) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
+
+
+DecodedT = TypeVar("DecodedT")
+
+
+def _decode(line: bytes, kind: type[DecodedT], what: str) -> DecodedT:
+    """Decode without ever quoting the line, which may carry credentials.
+
+    msgspec's messages name types and fields, and quote nothing but the names of unknown fields.
+    """
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Malformed(f"{what} cannot be read: {str(error)[:200]}") from error
+    except RecursionError as error:
+        raise Malformed(f"{what} is nested too deeply") from error
