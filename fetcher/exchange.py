@@ -138,7 +138,7 @@ class Exchange:
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
         self.settings = settings
-        self._trust = {True: _trusting(settings.ca_file), False: _trusting_anybody()}
+        self._trust = {True: trusting(settings.ca_file), False: _trusting_anybody()}
         self._clients: dict[tuple[bool, bool], httpx.AsyncClient] = {}
         self._jitter = random.SystemRandom()
 
@@ -358,7 +358,8 @@ def _after(message: str, attempts: int) -> str:
     return message if attempts == 1 else f"{message}, after {attempts} attempts"
 
 
-def _trusting(ca_file: Path | None) -> ssl.SSLContext:
+def trusting(ca_file: Path | None) -> ssl.SSLContext:
+    """The TLS trust of all registry access: the system's authorities, and those of ``ca_file``."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:

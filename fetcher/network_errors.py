@@ -29,11 +29,26 @@ def explain_failure(error: Exception, host: str) -> tuple[ModelError, bool]:
         return AccessDenied(f"{refused}: refused", registry=host), False
     if not isinstance(error, httpx.HTTPError):
         raise error
+    if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
+        return Unavailable(f"no connection to {host} came about in time", registry=host), True
+    if isinstance(error, httpx.ProxyError):
+        text = f"the proxy does not let requests through to {host}"
+        return Unavailable(text, registry=host), True
+    return explain_causes(error, host, silent=isinstance(error, httpx.TimeoutException))
+
+
+def explain_causes(error: Exception, host: str, *, silent: bool) -> tuple[Unavailable, bool]:
+    """As :func:`explain_failure`, for the exceptions of any library, by what lies below them.
+
+    ``silent`` says that the library waited in vain.
+    """
     text, passes = _words(error, host)
+    if silent and text == _broken(host):
+        text = f"{host} fell silent in the middle of an exchange"
     return Unavailable(text, registry=host), passes
 
 
-def _words(error: httpx.HTTPError, host: str) -> tuple[str, bool]:
+def _words(error: Exception, host: str) -> tuple[str, bool]:
     untrusted = _cause(error, ssl.SSLCertVerificationError)
     if untrusted is not None:
         return (
@@ -52,16 +67,14 @@ def _words(error: httpx.HTTPError, host: str) -> tuple[str, bool]:
         return f"there is no host {host} (DNS: {unknown.strerror})", False
     if _cause(error, ConnectionRefusedError) is not None:
         return f"{host} refuses connections: nothing listens there", True
-    if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
-        return f"no connection to {host} came about in time", True
-    if isinstance(error, httpx.TimeoutException):
-        return f"{host} fell silent in the middle of an exchange", True
-    if isinstance(error, httpx.ProxyError):
-        return f"the proxy does not let requests through to {host}", True
     broken = _cause(error, OSError)
     if broken is not None and broken.strerror:
         return f"the connection to {host} failed: {broken.strerror}", True
-    return f"the connection to {host} broke, or what listens there does not speak HTTP", True
+    return _broken(host), True
+
+
+def _broken(host: str) -> str:
+    return f"the connection to {host} broke, or what listens there does not speak HTTP"
 
 
 def _cause(error: BaseException, kind: type[_E]) -> _E | None:
