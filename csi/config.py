@@ -109,15 +109,20 @@ class Config:
         ),
     ] = 5.0
     max_unpacked_ratio: Annotated[
-        float,
-        Rule("how many times its size a compressed layer may unpack to", values.check_ratio),
-    ] = 200.0
+        int, Rule("how many times its size a compressed layer may unpack to", values.check_ratio)
+    ] = 100
     plain_http: Annotated[
         tuple[str, ...],
         Rule(
-            "registries that are spoken to without TLS, besides localhost and 127.0.0.1",
+            "registries that are spoken to without TLS, besides those on this machine",
             values.check_hosts,
             values.parse_names,
+        ),
+    ] = ()
+    https: Annotated[
+        tuple[str, ...],
+        Rule(
+            "registries on this machine that do speak TLS", values.check_hosts, values.parse_names
         ),
     ] = ()
     insecure_registries: Annotated[
@@ -131,7 +136,7 @@ class Config:
     ca_file: Annotated[
         Path | None,
         Rule(
-            "PEM file of certificate authorities, trusted instead of the system's",
+            "PEM file of certificate authorities, trusted besides the system's",
             values.check_path,
         ),
     ] = None

@@ -266,8 +266,12 @@ _CHILD_ERRNO: Final = 64
 """Added to the child's errno, so that a Python that dies by itself is not taken for EPERM."""
 
 # Started with -I -S: no site, no environment; it imports nothing of ours, calls, and tells errno.
+# It starts for some milliseconds. A driver killed meanwhile may have been started again, and have
+# mounted anew at the target: an orphan must not touch that.
 _CHILD: Final = f"""
 import ctypes, os, sys
+if os.getppid() != int(sys.argv[3]):
+    os._exit(1)
 library = ctypes.CDLL(None, use_errno=True)
 done = library.umount2(os.fsencode(sys.argv[1]), int(sys.argv[2]))
 os._exit({_CHILD_ERRNO} + ctypes.get_errno() if done else 0)
@@ -278,7 +282,7 @@ async def _umount2(target: Path, flags: int) -> int | None:
     """umount2(2) in a child: its errno, 0 for success, None if there was no answer."""
     try:
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-I", "-S", "-c", _CHILD, str(target), str(flags)],
+            [sys.executable, "-I", "-S", "-c", _CHILD, target, str(flags), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )

@@ -111,7 +111,7 @@ def check_deadline_margin(seconds: float) -> str | None:
     return None if 0.1 <= seconds <= 60 else "expected 100ms to 60s"
 
 
-def check_ratio(ratio: float) -> str | None:
+def check_ratio(ratio: int) -> str | None:
     return None if 1 <= ratio <= 100_000 else "expected 1 to 100000"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 from csi.mount_table import mount_table
@@ -32,3 +33,23 @@ def mounts_below(folder: Path) -> list[str]:
         for mount in mount_table()
         if mount.mountpoint == str(folder) or mount.mountpoint.startswith(f"{folder}/")
     ]
+
+
+def mount_tmpfs(target: Path) -> None:
+    """Mount something that is not ours."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], check=True)
+
+
+def mount_bind(source: Path, target: Path) -> None:
+    """Bind as others do: writable."""
+    subprocess.run(["mount", "--bind", source, target], check=True)
+
+
+def remount_writable(target: Path) -> None:
+    """Take the read-only flag off a mount."""
+    subprocess.run(["mount", "-o", "remount,bind,rw", target], check=True)
+
+
+def umount(target: Path) -> None:
+    """Remove a mount as an administrator would."""
+    subprocess.run(["umount", target], check=True)
