@@ -159,7 +159,7 @@ def test_defaults_that_are_spelled_out_are_the_same_parameters() -> None:
 
 
 def all_attributes() -> st.SearchStrategy[VolumeAttributes]:
-    patterns = st.from_regex(r"[a-z*?!][a-z*?ü]{0,10}/?", fullmatch=True)
+    patterns = st.from_regex(r"!?[a-z?][a-z*?ü]{0,10}/?", fullmatch=True)
 
     def build(
         mode: Mode, policy: PullPolicy, weights: bool, names: list[str], prefetch: Prefetch,
