@@ -117,7 +117,7 @@ def read_model(manifest: Manifest) -> Model:
         raise InvalidArtifact("the model has no layers: there is nothing to mount")
     layers = tuple(_read_layer(descriptor) for descriptor in manifest.layers)
     _check_files(layers)
-    _check_sizes(layers)
+    _check_blobs(layers)
     return Model(manifest.digest, artifact_type, manifest.config, layers, manifest.annotations)
 
 
@@ -203,13 +203,15 @@ def _check_files(layers: tuple[Layer, ...]) -> None:
             tree.add(FileEntry(layer.path, layer.descriptor.size))
 
 
-def _check_sizes(layers: tuple[Layer, ...]) -> None:
-    sizes: dict[Digest, int] = {}
+def _check_blobs(layers: tuple[Layer, ...]) -> None:
+    blobs: dict[Digest, tuple[int, Packing]] = {}
     for layer in layers:
-        digest, size = layer.descriptor.digest, layer.descriptor.size
-        if sizes.setdefault(digest, size) != size:
+        digest, found = layer.descriptor.digest, (layer.descriptor.size, layer.packing)
+        first = blobs.setdefault(digest, found)
+        if found != first:
             raise InvalidArtifact(
-                f"the blob {digest} has {size} bytes in one layer and {sizes[digest]} in another"
+                f"two layers contradict each other about the blob {digest}: {first[0]} bytes, "
+                f"{first[1].value}, and {found[0]} bytes, {found[1].value}"
             )
     total = sum(layer.descriptor.size for layer in layers)
     if total > MAX_MODEL_BYTES:
