@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
+from csi import sockets
 from fetcher import agent_protocol as protocol
 from fetcher.errors import AccessDenied, Conflict, InvalidRequest, ModelError, Unavailable
 from fetcher.lines import ConnectionLost, Lines, LineTooLong, Malformed
@@ -96,28 +97,16 @@ def listening(root: Path) -> Iterator[trio.SocketListener]:
     """Listen on the agent's socket of ``root``, whose store this process holds the lock of.
 
     The socket appears under its name complete, with its mode, and in place of a stale one. It is
-    gone again when the block is left.
+    gone again when the block is left. Raises :class:`ModelError`.
     """
-    path = protocol.socket_path(root)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with folder_descriptor(root) as folder:
-            fresh = f"{folder}/.{path.name}.new"
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(fresh)
-            listener.bind(fresh)
-            os.chmod(fresh, 0o600)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+
+        def bind(address: str) -> None:
+            listener.bind(address.removeprefix("unix://"))
             listener.listen(_BACKLOG)
-            os.replace(fresh, f"{folder}/{path.name}")
-    except OSError as error:
-        listener.close()
-        raise ModelError(f"{path} cannot be listened on: {error.strerror}") from error
-    try:
-        yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        listener.close()
+
+        with sockets.listening(protocol.socket_path(root), bind):
+            yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
 
 
 class AgentServer:

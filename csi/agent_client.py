@@ -105,6 +105,18 @@ class AgentClient:
             except _HandedOver:
                 await self._wait_for_successor()
 
+    async def reachable(self) -> bool:
+        """Whether an agent listens that this user may talk to."""
+        try:
+            stream = await connect(self._root)
+        except AccessDenied as error:
+            logger.info("%s", error.message)
+            return False
+        if stream is None:
+            return False
+        await stream.aclose()
+        return True
+
     async def ask_running(
         self, call: protocol.Call[ParamsT, ResultT], params: ParamsT
     ) -> ResultT | None:

@@ -1,0 +1,183 @@
+"""``model-csi``: everything is put together here, and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from csi.agent import AgentServer, listening
+from csi.agent_calls import AgentCalls, AgentFacts
+from csi.agent_client import Patience, take_over
+from csi.claims import Claims
+from csi.cli.app import main as run_command
+from csi.cli.program import Program
+from csi.controller.service import ControllerService
+from csi.identity.service import IdentityService
+from csi.node.service import NodeService
+from csi.readiness import StoreReadiness
+from csi.server import Server
+from csi.state import VolumeRecords
+from csi.volumes import Volumes
+from fetcher.credentials import Anonymous, DockerConfig
+from fetcher.jobs import Jobs, JobSettings
+from fetcher.pull import Pulls, PullSettings
+from fetcher.registry import Registry, RegistrySettings
+from fetcher.store import Store
+from fetcher.transport import TransferSettings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from csi.config import Config
+    from csi.server import Service
+    from fetcher.credentials import Keychain
+
+logger = logging.getLogger(__name__)
+
+VERSION: Final = version("model-csi")
+USER_AGENT: Final = f"model-csi/{VERSION}"
+_CLOSE_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """The parts of a running node."""
+
+    config: Config
+    store: Store
+    registry: Registry
+    keychain: Keychain
+    pulls: Pulls
+    volumes: Volumes
+    calls: AgentCalls
+
+
+@contextlib.asynccontextmanager
+async def compose(config: Config, role: str) -> AsyncIterator[Node]:
+    """Open the store and put a node together; downloads end with the block, and keep their data.
+
+    Raises :class:`fetcher.errors.InProgress` while another process has the store.
+    """
+    with contextlib.ExitStack() as closing:
+        store = Store.open(config.root, config.chunk_size)
+        closing.callback(store.close)
+        async with open_registry(config) as registry, trio.open_nursery() as downloads:
+            jobs = Jobs(store, registry, job_settings(config), downloads)
+            closing.callback(jobs.close)
+            settings = PullSettings(unpacked_ratio=config.max_unpacked_ratio)
+            pulls = Pulls(store, registry, jobs, settings, downloads)
+            volumes = Volumes(VolumeRecords(store.database), pulls, store.models_folder)
+            keychain = node_keychain(config)
+            calls = AgentCalls(
+                store=store,
+                registry=registry,
+                pulls=pulls,
+                volumes=volumes,
+                keychain=keychain,
+                facts=AgentFacts(role, config.mode, config.driver_name, VERSION),
+            )
+            yield Node(config, store, registry, keychain, pulls, volumes, calls)
+            downloads.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def become(config: Config) -> AsyncIterator[AgentCalls]:
+    """What a command needs to be the agent for the time of its call."""
+    async with compose(config, "command") as node:
+        yield node.calls
+
+
+@contextlib.asynccontextmanager
+async def open_registry(config: Config) -> AsyncIterator[Registry]:
+    """The registries, as configured."""
+    registry = Registry(registry_settings(config))
+    try:
+        yield registry
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_SECONDS):
+            await registry.aclose()
+
+
+def registry_settings(config: Config) -> RegistrySettings:
+    """How registries are talked to."""
+    return RegistrySettings(
+        plain_http=config.plain_http,
+        https=config.https,
+        insecure=config.insecure_registries,
+        ca_file=config.ca_file,
+        stall_timeout=config.stall_timeout,
+        user_agent=USER_AGENT,
+    )
+
+
+def job_settings(config: Config) -> JobSettings:
+    """How blobs are fetched."""
+    transfer = TransferSettings(stall_timeout=config.stall_timeout, user_agent=USER_AGENT)
+    return JobSettings(connections=config.connections, transfer=transfer)
+
+
+def node_keychain(config: Config) -> Keychain:
+    """The node's own credentials: those of its docker config, where one is configured."""
+    return Anonymous() if config.docker_config is None else DockerConfig(config.docker_config)
+
+
+async def serve(config: Config) -> None:
+    """Serve CSI and the agent until cancelled; see :mod:`csi.cli.serve`.
+
+    The volumes that pods have are put in order first, from local state alone; kubelet is listened
+    to last, when everything that its calls need is there.
+    """
+    async with take_over(config.root, lambda: compose(config, "serve"), Patience()) as node:
+        if config.mode != "controller":
+            await node.volumes.reconcile()
+        with listening(config.root) as listener:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(AgentServer(node.calls, hand_over=None).serve, listener)
+                await nursery.start(Server(config.socket_path, services(node)).serve)
+                logger.info(
+                    "serving on %s, root %s, driver %s, mode %s, version %s",
+                    config.endpoint,
+                    config.root,
+                    config.driver_name,
+                    config.mode,
+                    VERSION,
+                )
+
+
+def services(node: Node) -> list[Service]:
+    """The gRPC services of the configured mode."""
+    config = node.config
+    found: list[Service] = [IdentityService(config, StoreReadiness(node.store))]
+    if config.mode in ("node", "all"):
+        found.append(NodeService(config, node.volumes, node.keychain))
+    if config.mode in ("controller", "all"):
+        claims = Claims(node.store.database, node.pulls, config.driver_name)
+        found.append(ControllerService(config, claims, node.keychain))
+    return found
+
+
+def program() -> Program:
+    """The ways in, for the command line."""
+    return Program(
+        version=VERSION,
+        become=become,
+        serve=serve,
+        registry=open_registry,
+        registry_settings=registry_settings,
+        keychain=node_keychain,
+    )
+
+
+def main() -> None:
+    """The console script ``model-csi``."""
+    sys.exit(run_command(sys.argv[1:], program()))
+
+
+if __name__ == "__main__":
+    main()

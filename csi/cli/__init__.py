@@ -1,0 +1,1 @@
+"""The command line: ``model-csi`` and its commands."""

@@ -1,0 +1,181 @@
+"""What commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from csi.logs import printable
+from fetcher.quantities import bytes_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from fetcher import agent_protocol as protocol
+
+
+def result(value: object) -> None:
+    """Print ``value`` as JSON."""
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def error(code: str, message: str, *, as_json: bool) -> None:
+    """Print why the command failed, as one line or as one JSON object."""
+    if as_json:
+        print(json.dumps({"error": {"code": code, "message": message}}), file=sys.stderr)
+    else:
+        print(f"model-csi: {printable(message)}", file=sys.stderr)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and values, one pair a line."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {printable(value)}")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows below their heads, in columns. What a cell contains cannot steer a terminal."""
+    cells = [list(heads), *([printable(cell) or "-" for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    for row in cells:
+        line = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip())
+
+
+def short(digest: str) -> str:
+    """A digest as people read it."""
+    return digest.partition(":")[2][:12]
+
+
+def moment(seconds: float) -> str:
+    """A time as people read it, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def pulled(pull: protocol.PullResult) -> None:
+    """Print where a model is now, and what it took."""
+    fetched = "nothing: it was in the store"
+    if pull.fetched:
+        fetched = (
+            f"{bytes_text(pull.fetched)} in {pull.seconds:.1f} s, "
+            f"{bytes_text(pull.fetched / max(pull.seconds, 0.001))}/s"
+        )
+    facts(
+        [
+            ("reference", pull.reference),
+            ("digest", pull.digest),
+            ("path", pull.path),
+            ("size", f"{bytes_text(pull.size)} in {pull.files} files"),
+            ("fetched", fetched),
+        ]
+    )
+
+
+def models(listed: protocol.ListResult) -> None:
+    """Print what is in the store."""
+    table(
+        ("DIGEST", "SIZE", "FILES", "LAST USED", "VOLUMES", "REFERENCES"),
+        [
+            (
+                short(model.digest) + (f".{model.selection[:8]}" if model.selection else ""),
+                bytes_text(model.size),
+                str(model.files),
+                moment(model.last_used),
+                " ".join(model.volumes),
+                " ".join(model.references),
+            )
+            for model in listed.models
+        ],
+    )
+
+
+def model(found: protocol.InspectResult) -> None:
+    """Print what a registry has."""
+    facts(
+        [
+            ("reference", found.reference),
+            ("manifest", found.digest),
+            ("artifact type", found.artifact_type),
+            ("size", f"{bytes_text(found.size)} in {len(found.layers)} layers"),
+            *((f"annotation {key}", value) for key, value in sorted(found.annotations.items())),
+        ]
+    )
+    print()
+    table(
+        ("DIGEST", "KIND", "PACKING", "SIZE", "PATH"),
+        [
+            (
+                short(layer.digest),
+                layer.kind,
+                layer.packing,
+                bytes_text(layer.size),
+                layer.path or "",
+            )
+            for layer in found.layers
+        ],
+    )
+    if found.config is not None:
+        print()
+        # every character that is not ASCII is escaped, so that nothing of it steers a terminal
+        print(f"config {json.dumps(found.config, indent=2)}")
+
+
+def status(found: protocol.StatusResult) -> None:
+    """Print how a node is doing."""
+    agent = found.agent
+    running = "not running"
+    if agent is not None and agent.role == "serve":
+        running = (
+            f"process {agent.pid}, serving as {agent.driver_name} ({agent.mode}), "
+            f"version {agent.version}, since {moment(agent.started)}"
+        )
+    elif agent is not None:
+        running = f"process {agent.pid}, a command, since {moment(agent.started)}"
+    rows = [("root", found.root), ("agent", running)]
+    if found.disk is not None:
+        rows.append(
+            (
+                "disk",
+                f"{bytes_text(found.disk.used)} used, {bytes_text(found.disk.free)} free of "
+                f"{bytes_text(found.disk.total)}",
+            )
+        )
+    facts(rows)
+    if found.pulls:
+        print()
+        table(
+            ("PULL", "DONE", "OF", "RATE", "WAITING", "REFERENCE"),
+            [
+                (
+                    short(pull.digest),
+                    bytes_text(pull.done),
+                    bytes_text(pull.total),
+                    f"{bytes_text(pull.rate)}/s",
+                    str(pull.waiters),
+                    pull.reference,
+                )
+                for pull in found.pulls
+            ],
+        )
+    if found.volumes:
+        print()
+        table(
+            ("VOLUME", "STATE", "MODEL", "TARGET", "POD", "REFERENCE"),
+            [
+                (
+                    volume.id,
+                    volume.state,
+                    short(volume.digest),
+                    volume.target,
+                    volume.pod or "",
+                    volume.reference,
+                )
+                for volume in found.volumes
+            ],
+        )
