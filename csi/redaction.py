@@ -32,14 +32,6 @@ def shown(request: Message) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text)} characters)"
 
 
-def printable(text: str) -> str:
-    """``text`` with everything escaped that could end a line or steer a terminal."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
-
-
 def redacted(message: _M) -> _M:
     """A copy without the fields that the contract marks ``csi_secret``, and without tokens."""
     copy = type(message)()

@@ -18,7 +18,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 from csi.bridge import Bridge, CallEnded
 from csi.codes import code_of
-from csi.redaction import printable, shown
+from csi.logs import printable
+from csi.redaction import shown
 from csi.sockets import listening
 from fetcher.errors import ModelError
 

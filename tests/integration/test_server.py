@@ -8,8 +8,7 @@ import re
 import socket
 import stat
 import threading
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import pytest
@@ -19,17 +18,19 @@ import trio.testing
 from csi.server import MAX_DETAILS_BYTES, MAX_REQUEST_BYTES, Server
 from fetcher import errors
 from proto import csi_pb2
+from tests.support import edge
 from tests.support.csi_client import CsiClient, capability
+from tests.support.edge import failure, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from csi.bridge import Call
 
     Behaviour: TypeAlias = Callable[[csi_pb2.NodeUnpublishVolumeRequest, Call], Awaitable[None]]
 
-T = TypeVar("T")
 SECRET = "correct horse battery staple"
 
 
@@ -93,13 +94,8 @@ def failing(error: Exception) -> Behaviour:
     return fail
 
 
-@asynccontextmanager
-async def serving(path: Path, behaviour: Behaviour = succeed) -> AsyncIterator[Server]:
-    server = Server(path, [Unpublisher(behaviour)])
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.serve)
-        yield server
-        nursery.cancel_scope.cancel()
+def serving(path: Path, behaviour: Behaviour = succeed) -> AbstractAsyncContextManager[Server]:
+    return edge.serving(path, [Unpublisher(behaviour)])
 
 
 @pytest.fixture
@@ -113,21 +109,9 @@ def client(endpoint: Path) -> Iterator[CsiClient]:
         yield client
 
 
-async def in_thread(call: Callable[[], T]) -> T:
-    return await trio.to_thread.run_sync(call, limiter=trio.CapacityLimiter(1))
-
-
 def unpublish(client: CsiClient, timeout: float | None = 20, volume_id: str = "v") -> None:
     request = csi_pb2.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path="/t")
     client.node.NodeUnpublishVolume(request, timeout=timeout)
-
-
-def failure(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    # what gRPC raises is both, which its types cannot say
-    answer = cast("grpc.Call", caught.value)
-    return answer.code(), answer.details() or ""
 
 
 # -- answers and errors ----------------------------------------------------------------------------
