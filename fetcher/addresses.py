@@ -138,5 +138,5 @@ def check_host(host: str, *, asked_by: str | None = None) -> None:
     if reason is None and steered and is_loopback(host):
         reason = "is this machine's own"
     if reason is not None:
-        by = f"{asked_by} leads to " if asked_by else ""
-        raise AccessDenied(f"{by}{host}, which {reason}: refused", registry=asked_by or host)
+        what = f"{asked_by} leads to {host}, which" if asked_by else host
+        raise AccessDenied(f"{what} {reason}: refused", registry=asked_by or host)

@@ -7,6 +7,7 @@ Requests are RFC 9110; nothing that a message or a log shows has a query or a he
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.cookiejar
 import logging
@@ -26,7 +27,7 @@ from fetcher.network_errors import explain_failure
 from fetcher.oci import DOCKER_HUB
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
 log: Final = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ class Exchange:
         Raises :class:`Unavailable` when there is none, :class:`AccessDenied` for an address that
         is never gone to, and :class:`InvalidArtifact` for a body of more than ``max_bytes``.
         """
+        check_host(_name(question.asked_host))
         started, attempt = trio.current_time(), 0
         while True:
             attempt += 1
@@ -217,7 +219,7 @@ class Exchange:
 
     def _redirected(self, question: Question, location: str) -> Question:
         """The question at its new place: without what is secret, where that is another host."""
-        target = _split(urljoin(question.url, location))
+        target = joined(question.url, location)
         host = target.hostname
         if not host or target.scheme not in ("http", "https") or target.username is not None:
             raise AccessDenied(
@@ -246,7 +248,8 @@ class Exchange:
                 return await self._stream(question, target)
             except ModelError:
                 raise
-            except httpx.InvalidURL as error:
+            except (httpx.InvalidURL, UnicodeError) as error:
+                # a label of a name that DNS has no room for is a UnicodeError, from the socket
                 raise Unavailable(
                     f"{question.registry} leads to something that is not a host",
                     registry=question.registry,
@@ -323,27 +326,39 @@ async def _read(response: httpx.Response, question: Question) -> bytes:
             f"{question.registry} compressed its answer without having been asked to",
             registry=question.registry,
         )
-    success = response.status_code < 300
-    limit = question.max_bytes if success else MAX_ERROR_BODY
+    limit = question.max_bytes if response.status_code < 300 else MAX_ERROR_BODY
     body = bytearray()
-    async for part in response.aiter_raw():
+    parts = response.aiter_raw()
+    async for part in parts:
         body += part
         if len(body) > limit:
-            if success:
-                raise InvalidArtifact(
-                    f"the answer of {question.registry} is larger than the {limit} bytes that are "
-                    "read",
-                    registry=question.registry,
-                )
-            # an error's text is shown cut anyway
-            return bytes(body[:limit])
-    return bytes(body)
+            await _abandon(response, parts)
+            break
+    if len(body) > limit and response.status_code < 300:
+        raise InvalidArtifact(
+            f"the answer of {question.registry} is larger than the {limit} bytes that are read",
+            registry=question.registry,
+        )
+    # what is cut here is an error's text, which is shown cut anyway
+    return bytes(body[:limit])
 
 
-def _split(url: str) -> SplitResult:
-    """The parts of a URL; none, for what only looks like one."""
+async def _abandon(response: httpx.Response, parts: AsyncIterator[bytes]) -> None:
+    """Close the connection in the middle of a body.
+
+    httpx's generators lie in each other, and only an exception from the innermost ends them all;
+    otherwise trio finds them unfinished, long after, and says so.
+    """
+    await response.aclose()
+    with contextlib.suppress(httpx.HTTPError, httpx.StreamError):
+        async for _ in parts:
+            pass
+
+
+def joined(base: str, location: str) -> SplitResult:
+    """Where ``location`` leads from ``base``; nowhere, for what only looks like a URL."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(urljoin(base, location))
         return parts if parts.port != 0 else urlsplit("")
     except ValueError:
         return urlsplit("")

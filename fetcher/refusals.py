@@ -102,7 +102,8 @@ def _said(refused: Refused) -> str:
 def _secrets(refused: Refused) -> tuple[str, ...]:
     found = [(refused.authorization or "").partition(" ")[2]]
     if refused.credentials:
-        found += [refused.credentials.password, refused.credentials.identity_token]
+        basic = refused.credentials.basic.partition(" ")[2]
+        found += [basic, refused.credentials.password, refused.credentials.identity_token]
     return tuple(found)
 
 

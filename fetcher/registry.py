@@ -238,9 +238,12 @@ class Registry:
         """The reply to a wish; raises the refusal unless it is a success."""
         conversation = converse(asked, credentials, self._way(asked)[1], stale)
         reply, way = await self._drive(conversation, asked, wish)
-        if not _is_success(reply.answer, wish):
+        success = _is_success(reply.answer, wish)
+        if success or way is not None:
+            # after a refusal too: only a token that was tried first is known to be stale
+            self._remember(asked, way)
+        if not success:
             raise refusal(Refused(asked, wish.what, reply.answer, credentials, reply.authorization))
-        self._remember(asked, way)
         return reply
 
     async def _drive(

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import httpx
 import oras.container
 import oras.provider
-import oras.utils
 import requests
 import requests.adapters
 import trio
@@ -26,7 +25,7 @@ import trio
 from fetcher.addresses import check_host, is_loopback
 from fetcher.auth import Asked
 from fetcher.errors import AccessDenied, InvalidRequest, ModelError, Unavailable
-from fetcher.exchange import Answer, RegistrySettings, endpoint, trusting
+from fetcher.exchange import Answer, RegistrySettings, endpoint, joined, trusting
 from fetcher.modelpack import CONFIG_TYPE
 from fetcher.network_errors import explain_causes
 from fetcher.oci import Digest
@@ -207,37 +206,41 @@ class _Client(oras.provider.Registry):  # type: ignore[misc]  # oras has no type
 
     def send_blob(self, path: str, digest: Digest, size: int, told: _Told) -> None:
         """Send a file unless the registry has it."""
-        self._what, self._told = f"the blob {digest}", told
+        self._what, self._told = self._goal(f"the blob {digest}"), told
         descriptor = {"digest": str(digest), "size": size, "mediaType": CONFIG_TYPE}
         self._insist(lambda: self.upload_blob(path, self._container, descriptor))
         told.finish(size)
 
     def send_manifest(self, manifest: dict[str, object]) -> Digest:
         """Send the manifest; the digest of what was sent."""
-        self._what = f"the manifest {self._container.tag}"
+        self._what = self._goal(f"the manifest {self._container.tag}")
         response = self._insist(lambda: self.upload_manifest(manifest, self._container))
         body = response.request.body
         if not isinstance(body, bytes):
             raise AssertionError("a JSON document is sent as bytes")
         return Digest.of(body)
 
+    def _goal(self, what: str) -> str:
+        return f"{self._asked.repository}, where {what} was to go"
+
     def put_upload(
         self, blob: str, container: oras.container.Container, layer: Mapping[str, Any]
     ) -> requests.Response:
         """One blob in one PUT, as oras does it, but streamed."""
         kind = {"Content-Type": "application/octet-stream"}
-        start = self.do_request(
-            f"{self.prefix}://{container.upload_blob_url()}",
-            "POST",
-            headers={**kind, "Content-Length": "0"},
-        )
-        session = self._get_location(start, container)
-        if not session:
+        begin = f"{self.prefix}://{container.upload_blob_url()}"
+        start = self.do_request(begin, "POST", headers={**kind, "Content-Length": "0"})
+        location = start.headers.get("location", "")
+        if not location:
             raise Unavailable(
-                f"{self._asked.registry} does not say where to upload {self._what} to",
+                f"{self._asked.registry} does not say where to upload to",
                 registry=self._asked.registry,
             )
-        url = oras.utils.append_url_params(session, {"digest": layer["digest"]})
+        # the query is the registry's own: kept as it is, where oras takes it apart
+        session = joined(begin, location)
+        url = session._replace(
+            query=f"{session.query}{'&' if session.query else ''}digest={layer['digest']}"
+        ).geturl()
         if not layer["size"]:
             return self.do_request(url, "PUT", data=b"", headers=kind)
         body = _Body(blob, layer["size"], self._told)
@@ -323,7 +326,9 @@ class _Client(oras.provider.Registry):  # type: ignore[misc]  # oras has no type
             body = response.raw.read(_MAX_ERROR_BODY)
         if response.status_code == 413:
             return InvalidRequest(
-                f"{self._asked.registry}, or a proxy before it, finds {self._what} too large"
+                f"{self._asked.registry}, or a proxy before it, takes nothing as large as what was "
+                f"to go to {self._asked.repository}",
+                registry=self._asked.registry,
             )
         answer = Answer(response.status_code, httpx.Headers(dict(response.headers)), body)
         return refusal(

@@ -1,4 +1,4 @@
-"""Fixtures for every test: a real registry."""
+"""Fixtures for every test: real registries, open, guarded and misbehaving."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.faulty_registry import FaultyRegistry, serve_faulty
 from tests.support.registry import RegistryServer, serve_registry
+from tests.support.token_server import PASSWORD, TokenServer, serve_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,4 +26,35 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServe
 def fresh_registry(tmp_path: Path) -> Iterator[RegistryServer]:
     """An empty anonymous registry for one test."""
     with serve_registry(tmp_path / "fresh-registry") as server:
+        yield server
+
+
+@pytest.fixture
+def faulty(registry: RegistryServer) -> Iterator[FaultyRegistry]:
+    """A proxy before ``registry`` that misbehaves as it is told."""
+    with serve_faulty(registry) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    """A registry that wants a name and a password."""
+    folder = tmp_path_factory.mktemp("guarded")
+    with serve_registry(folder, users={"robot": PASSWORD}) as server:
+        yield server
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Iterator[TokenServer]:
+    """A token server that knows ``robot``."""
+    with serve_tokens(tmp_path / "tokens", {"robot": PASSWORD}) as server:
+        yield server
+
+
+@pytest.fixture
+def token_registry(tmp_path: Path, tokens: TokenServer) -> Iterator[RegistryServer]:
+    """A registry that wants tokens of ``tokens``."""
+    with serve_registry(
+        tmp_path / "registry", token=tokens.auth, authorization=tokens.authorization
+    ) as server:
         yield server

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SERVICE = "registry under test"
+PASSWORD = "s3cr3t-of-acme"
+"""Of ``robot``, wherever a test needs one; it must never be seen anywhere."""
+
 ISSUER = "token server of the tests"
 
 
