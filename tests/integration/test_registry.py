@@ -29,7 +29,9 @@ from tests.support.registry_calls import (
     ROBOT,
     WRONG,
     ask,
+    call_by_name,
     manifest,
+    opened,
     push_model,
     resolve,
 )
@@ -429,3 +431,45 @@ def test_where_requests_go(
 ) -> None:
     found = endpoint(registry_name, RegistrySettings(**settings))
     assert (found.url, found.verify) == (url, verify)
+
+
+# Cancellation
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels ``scope`` when ``task`` is about to take its step number ``step``."""
+
+    def __init__(self, task: trio.lowlevel.Task, scope: trio.CancelScope, step: int) -> None:
+        self._task, self._scope, self._left = task, scope, step
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._left -= 1
+            if self._left == 0:
+                self._scope.cancel()
+
+
+def test_cancelling_at_any_checkpoint_leaves_a_registry_that_works(
+    token_registry: RegistryServer,
+) -> None:
+    digest = push_model(token_registry, "acme/model")
+    reference = Reference.parse(token_registry.reference("acme/model", "v1"))
+
+    async def main(name: str, step: int) -> bool:
+        async with opened() as registry:
+            with trio.CancelScope() as scope:
+                instrument = CancelAt(trio.lowlevel.current_task(), scope, step)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await call_by_name(name, ROBOT, registry, reference)
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+            assert registry._tokens._flights == {}
+            assert (await registry.manifest(reference, ROBOT)).digest == digest
+        return scope.cancelled_caught
+
+    for name in ("resolve_model", "head_manifest"):
+        steps = 1
+        while trio.run(main, name, steps):
+            steps += 1
+        assert steps > 10
