@@ -225,9 +225,7 @@ def test_a_call_knows_how_long_its_caller_waits(endpoint: Path, client: CsiClien
     trio.run(main)
 
 
-def test_the_deadline_of_a_call_ends_its_work(
-    endpoint: Path, client: CsiClient, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_deadline_of_a_call_ends_its_work(endpoint: Path, client: CsiClient) -> None:
     async def main() -> None:
         sleeper = Sleeper()
         async with serving(endpoint, sleeper):
@@ -236,6 +234,18 @@ def test_the_deadline_of_a_call_ends_its_work(
             await sleeper.until(lambda: sleeper.cancelled == 1)
 
     trio.run(main)
+
+
+def test_a_call_that_outlives_its_deadline_here_is_told_so(
+    endpoint: Path, client: CsiClient
+) -> None:
+    async def main() -> None:
+        async with serving(endpoint, Sleeper()):
+            answer = await in_thread(lambda: failure(lambda: unpublish(client, timeout=60)))
+        assert answer == (grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
+
+    # so that the deadline comes here before it comes to the caller
+    trio.run(main, clock=trio.testing.MockClock(rate=200))
 
 
 def test_a_caller_that_goes_away_ends_its_work(endpoint: Path, client: CsiClient) -> None:
