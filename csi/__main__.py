@@ -153,7 +153,7 @@ async def serve(config: Config) -> None:
 def services(node: Node) -> list[Service]:
     """The gRPC services of the configured mode."""
     config = node.config
-    found: list[Service] = [IdentityService(config, StoreReadiness(node.store))]
+    found: list[Service] = [IdentityService(config, VERSION, StoreReadiness(node.store))]
     if config.mode in ("node", "all"):
         found.append(NodeService(config, node.volumes, node.keychain))
     if config.mode in ("controller", "all"):

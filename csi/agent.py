@@ -22,7 +22,7 @@ from fetcher.errors import AccessDenied, Conflict, InvalidRequest, ModelError, U
 from fetcher.lines import ConnectionLost, Lines, LineTooLong, Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
     from pathlib import Path
 
     from msgspec import Struct
@@ -64,6 +64,28 @@ class Watch:
         """Bytes done and bytes in all, None while nothing is known."""
         progress = self._source() if self._source else None
         return (progress.done, progress.total) if progress else None
+
+    async def report(
+        self,
+        tell: Callable[[int, int], Awaitable[None]],
+        seconds: float,
+        finished: trio.Event,
+    ) -> None:
+        """Tell what has changed, looked at every so many seconds, until ``finished``.
+
+        What there is at the end is told too, where there was anything to tell before.
+        """
+        last: tuple[int, int] | None = None
+        while True:
+            ended = finished.is_set()
+            progress = self.progress()
+            if progress is not None and progress != last and (last is not None or not ended):
+                last = progress
+                await tell(*progress)
+            if ended:
+                return
+            with trio.move_on_after(seconds):
+                await finished.wait()
 
 
 class Calls(Protocol):
@@ -250,18 +272,15 @@ async def _cancel_when_closed(lines: Lines, scope: trio.CancelScope) -> None:
 
 
 async def _report(lines: Lines, watch: Watch, finished: trio.Event) -> None:
-    """Send what has changed a few times a second, until the call has ended."""
-    last: tuple[int, int] | None = None
-    while not finished.is_set():
-        progress = watch.progress()
-        if progress is not None and progress != last:
-            last = progress
-            try:
-                await lines.send(protocol.encode_progress(*progress))
-            except ConnectionLost:
-                return
-        with trio.move_on_after(_PROGRESS_SECONDS):
-            await finished.wait()
+    """Send how far the call is, until it has ended."""
+
+    async def tell(done: int, total: int) -> None:
+        await lines.send(protocol.encode_progress(done, total))
+
+    try:
+        await watch.report(tell, _PROGRESS_SECONDS, finished)
+    except ConnectionLost as error:
+        logger.debug("a client of the agent left: %s", error)
 
 
 async def _last_word(lines: Lines, error: ModelError) -> None:

@@ -161,24 +161,23 @@ class AgentClient:
         server = AgentServer(calls, hand_over=leave.cancel)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
-            nursery.start_soon(self._show_progress, watch)
+            finished = trio.Event()
+            nursery.start_soon(self._show_progress, watch, finished)
             try:
                 outcome: ResultT | ModelError = await calls.run(call, params, watch)
             except ModelError as error:
                 outcome = error
+            finished.set()
             # who waited for the same pull has its result now as well
             await server.drained(_DRAIN_SECONDS)
             nursery.cancel_scope.cancel()
         return outcome
 
-    async def _show_progress(self, watch: Watch) -> None:
-        last: tuple[int, int] | None = None
-        while True:
-            progress = watch.progress()
-            if progress is not None and progress != last:
-                last = progress
-                self._show(*progress)
-            await trio.sleep(_REPORT_SECONDS)
+    async def _show_progress(self, watch: Watch, finished: trio.Event) -> None:
+        async def tell(done: int, total: int) -> None:
+            self._show(done, total)
+
+        await watch.report(tell, _REPORT_SECONDS, finished)
 
     async def _wait_for_successor(self) -> None:
         """Give the agent that asked for the store the time to take it."""

@@ -36,7 +36,7 @@ _SECRETS: Final = (
         r"(?P<keep>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?)(?:[A-Za-z]+\s+)?[^\s'\",;]+",
         re.IGNORECASE,
     ),
-    re.compile(r"(?P<keep>\b(?:Bearer|Basic)\s+)[A-Za-z0-9+/=._~-]{6,}", re.IGNORECASE),
+    re.compile(r"(?P<keep>\b(?i:bearer|basic)\s+)(?=\S*[0-9A-Z=])[A-Za-z0-9+/=._~-]{6,}"),
     # JSON members, settings and query parameters by their names
     re.compile(
         r"(?P<keep>['\"]?\b(?:[a-z0-9_-]{0,40}password|passwd|[a-z0-9_-]{0,40}secret|identity_?token"

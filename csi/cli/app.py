@@ -13,7 +13,7 @@ from csi import logs
 from csi.cli import output
 from csi.cli.models import inspect, list_models, pull, push
 from csi.cli.options import Invocation, global_options
-from csi.cli.running import Interrupted
+from csi.cli.running import Interrupted, innermost
 from csi.cli.serve import serve
 from csi.cli.volumes import mount, status, unmount
 from fetcher.errors import ModelError
@@ -82,9 +82,11 @@ def main(arguments: Sequence[str], program: Program) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        with logs.configured("error", "text", sys.stderr):
+        form = "json" if invocation.as_json else "text"
+        with logs.configured("error", form, sys.stderr):
             logger.exception("fault of this program")
-        message = f"fault of this program: {type(error).__name__}: {error}"
+        cause = innermost(error)
+        message = f"fault of this program: {type(cause).__name__}: {cause}"
         output.error("Internal", message, as_json=invocation.as_json)
         return FAILED
     return status if isinstance(status, int) else OK

@@ -39,14 +39,16 @@ class Invocation:
     config_file: Path | None = None
     flags: dict[str, object] = field(default_factory=dict)
 
-    def config(self, default_log_level: str | None = "warning") -> Config:
+    def config(self, *, serving: bool = False) -> Config:
         """The configuration, flags over environment over file.
 
-        Commands log warnings unless a flag asks for more; None leaves it to the configuration.
+        The log of a command is for whoever runs it: warnings, unless a flag says otherwise, and
+        for a program nothing but faults beside the result or the error.
         """
         flags = dict(self.flags)
-        if default_log_level is not None:
-            flags.setdefault("log_level", default_log_level)
+        if not serving:
+            flags.setdefault("log_level", "error" if self.as_json else "warning")
+            flags["log_format"] = "json" if self.as_json else "text"
         try:
             return Config.load(flags, os.environ, self.config_file)
         except InvalidRequest as error:

@@ -75,7 +75,12 @@ def _only_error(group: BaseExceptionGroup[BaseException]) -> ModelError | None:
     found, others = group.split(ModelError)
     if found is None or others is not None:
         return None
-    error: BaseException = found
+    error = innermost(found)
+    return error if isinstance(error, ModelError) else None
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first exception in the groups that nurseries made of it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return error if isinstance(error, ModelError) else None
+    return error

@@ -30,7 +30,7 @@ def serve(invocation: Invocation) -> None:
       model-csi serve --endpoint unix:///csi/csi.sock --node-id "$NODE_NAME"
       model-csi serve --mode all --config /etc/model-csi.yaml --log-format json
     """
-    config = invocation.config(default_log_level=None)
+    config = invocation.config(serving=True)
     with logs.configured(config.log_level, config.log_format, sys.stderr):
         try:
             run(lambda: invocation.program.serve(config))
