@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from safetensors.numpy import load_file
 
-from tests.demo.driver import DriverProcess, serve_driver
 from tests.demo.kubelet import Kubelet, Pod
+from tests.support.driver import DriverProcess, serve_driver
 from tests.support.mounts import mounts_below
-from tests.support.registry import serve_registry
+from tests.support.registry import OCI_MANIFEST, serve_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +69,16 @@ def demo(folder: Path) -> None:
             show(steps, running, folder, model)
         finally:
             ignore_signals()
-    with steps.step("cleaned up") as said:
-        left = mounts_below(folder)
-        if left:
-            raise AssertionError(f"still mounted: {left}")
-        said.append("the driver and the registry have stopped, nothing is mounted")
+        with steps.step("stop") as said:
+            running.close()
+            assert_nothing_is_mounted(folder)
+            said.append("the driver and the registry have stopped, nothing is mounted")
+
+
+def assert_nothing_is_mounted(folder: Path) -> None:
+    left = mounts_below(folder)
+    if left:
+        raise AssertionError(f"still mounted: {left}")
 
 
 def show(steps: Steps, running: contextlib.ExitStack, folder: Path, model: Path) -> None:
@@ -85,10 +90,11 @@ def show(steps: Steps, running: contextlib.ExitStack, folder: Path, model: Path)
     with steps.step("push") as said:
         push(model, reference)
         said.append(f"model-csi push {model.parent.name}/{model.name} {reference}")
-        said.append(f"{described(model)}, manifest {digest_of(registry)}")
+        said.append(described(model))
+        said.append(digest_of(registry))
     with steps.step("driver") as said:
         driver = running.enter_context(serve_driver(folder / "node"))
-        kubelet = running.enter_context(Kubelet(driver.endpoint, driver.kubelet_dir))
+        kubelet = running.enter_context(Kubelet(driver))
         name, version, node = kubelet.register()
         said.append(f"model-csi serve: {name} {version} on {node}, pid {driver.pid}")
     show_volumes(steps, kubelet, driver, {f"{name}/reference": reference}, model)
@@ -115,8 +121,10 @@ def show_volumes(
     with steps.step("read-only") as said:
         said.append(refused_write(second))
     with steps.step("stats") as said:
-        used, inodes = kubelet.stats(pods[0])
-        said.append(f"NodeGetVolumeStats: {used / MB:.1f} MB in {inodes} inodes")
+        usage = kubelet.stats(pods[0])
+        said.append(
+            f"NodeGetVolumeStats: {usage.bytes_used / MB:.1f} MB in {usage.inodes_used} inodes"
+        )
     with steps.step("unpublish") as said:
         for pod in pods:
             kubelet.unpublish(pod)
@@ -136,24 +144,29 @@ def push(model: Path, reference: str) -> None:
 
 
 def digest_of(registry: RegistryServer) -> str:
-    _, headers, _ = registry.request("HEAD", REPOSITORY, f"/v2/{REPOSITORY}/manifests/v1")
-    return headers.get("docker-content-digest", "")[:19] + "…"
+    _, headers, _ = registry.request(
+        "HEAD", REPOSITORY, f"/v2/{REPOSITORY}/manifests/v1", headers={"Accept": OCI_MANIFEST}
+    )
+    return headers["docker-content-digest"]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file of a model. What is hidden (.gitattributes) is not pushed."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files_of(folder))
 
 
 def described(folder: Path) -> str:
-    count = sum(path.is_file() for path in folder.rglob("*"))
-    return f"{count} files, {size_of(folder) / MB:.1f} MB"
+    return f"{len(files_of(folder))} files, {size_of(folder) / MB:.1f} MB"
 
 
 def listing(mount: Path) -> list[str]:
     return [
         f"{path.stat().st_mode & 0o777:o} {path.stat().st_size:>10} {path.relative_to(mount)}"
-        for path in sorted(mount.rglob("*"))
-        if path.is_file()
+        for path in files_of(mount)
     ]
 
 

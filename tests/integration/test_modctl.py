@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.demo.driver import serve_driver
 from tests.demo.kubelet import Kubelet, Pod
+from tests.support.driver import serve_driver
 from tests.support.layouts import MODCTL, push_modctl_layout
+from tests.support.registry import OCI_MANIFEST
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +38,12 @@ def test_a_model_of_modctl_is_mounted_as_it_was(
 ) -> None:
     repository = "modctl/tiny"
     reference = push_modctl_layout(registry, repository, packing)
-    status, _, body = registry.request("GET", repository, f"/v2/{repository}/manifests/{packing}")
+    status, _, body = registry.request(
+        "GET",
+        repository,
+        f"/v2/{repository}/manifests/{packing}",
+        headers={"Accept": OCI_MANIFEST},
+    )
     media_types = {layer["mediaType"] for layer in json.loads(body)["layers"]}
     assert status == 200
     assert all(media_type.endswith(f".v1.{packing}") for media_type in media_types)
@@ -45,7 +51,7 @@ def test_a_model_of_modctl_is_mounted_as_it_was(
     pod = Pod("reader")
     with (
         serve_driver(tmp_path) as driver,
-        Kubelet(driver.endpoint, driver.kubelet_dir) as kubelet,
+        Kubelet(driver) as kubelet,
     ):
         mount = kubelet.publish(pod, {"model.csi.example.org/reference": reference})
         assert tree_of(mount) == tree_of(MODCTL / "model")
@@ -60,7 +66,7 @@ def test_the_drivers_name_is_the_attributes_prefix(
     pod = Pod("cncf")
     with (
         serve_driver(tmp_path, "--driver-name", "model.csi.modelpack.org") as driver,
-        Kubelet(driver.endpoint, driver.kubelet_dir) as kubelet,
+        Kubelet(driver) as kubelet,
     ):
         assert kubelet.register()[0] == "model.csi.modelpack.org"
         mount = kubelet.publish(pod, {"model.csi.modelpack.org/reference": reference})

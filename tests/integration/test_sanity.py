@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.demo.driver import serve_driver
+from tests.support.driver import serve_driver
 from tests.support.layouts import push_modctl_layout
 from tests.support.mounts import mounts_below
 
@@ -30,12 +30,12 @@ CSI_SANITY = REPOSITORY / ".tools/csi-sanity"
 NOT_ADVERTISED = Counter(
     {
         # volumes are not attached: the registry is reached from every node
-        "ControllerPublishVolume not supported": 6,
+        "ControllerPublishVolume not supported": 7,
         "ControllerUnpublishVolume not supported": 1,
         "Controller Publish, UnpublishVolume not supported": 2,
         # a model is what its artifact is: no snapshots, copies, sizes or changes of it
         "Snapshot not supported": 2,
-        "ListSnapshots not supported": 6,
+        "ListSnapshots not supported": 7,
         "GetSnapshot not supported": 3,
         "DeleteSnapshot not supported": 3,
         "CreateSnapshot not supported": 5,
