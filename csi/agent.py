@@ -149,16 +149,7 @@ class AgentServer:
         self._busy = 0
         self._idle = trio.Event()
         self._known: Mapping[str, protocol.Call[Struct, Struct]] = {
-            call.name: call
-            for call in (
-                protocol.PING,
-                protocol.PULL,
-                protocol.MOUNT,
-                protocol.UNMOUNT,
-                protocol.LIST,
-                protocol.INSPECT,
-                protocol.STATUS,
-            )
+            call.name: call for call in protocol.CALLS if call is not protocol.HANDOVER
         }
 
     async def serve(self, listener: trio.SocketListener) -> None:

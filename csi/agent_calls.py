@@ -22,7 +22,7 @@ from csi.mount_table import mount_at
 from csi.volumes import PublishRequest
 from fetcher import agent_protocol as protocol
 from fetcher.credentials import Chain, Credentials
-from fetcher.errors import AccessDenied, InvalidRequest, Unsupported
+from fetcher.errors import AccessDenied, InvalidRequest, NotFound, Unsupported
 from fetcher.modelpack import read_model
 from fetcher.oci import Reference
 from fetcher.threads import run_stoppable
@@ -45,6 +45,7 @@ ResultT = TypeVar("ResultT", bound="Struct")
 
 _RATE_SECONDS: Final = 0.5
 _MAX_CONFIG_BYTES: Final = 256 * 1024
+_MAX_CONFIG_DEPTH: Final = 50
 
 
 def volume_id_of(target: Path) -> str:
@@ -102,15 +103,29 @@ async def inspect_model(
 async def _config(
     registry: Registry, reference: Reference, model: Model, keychain: Keychain
 ) -> object:
-    """The model's config as plain values; None when it is long, or not JSON."""
+    """The model's config as plain values; None when it is long, deep, or not JSON."""
     if model.config.size > _MAX_CONFIG_BYTES:
         return None
     digest, size = model.config.digest, model.config.size
     body = await registry.blob(reference, digest, size, keychain)
     try:
-        return msgspec.json.decode(body)
+        found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return found if _is_shallow(found) else None
+
+
+def _is_shallow(value: object) -> bool:
+    """Whether ``value`` can be written again, inside of a result, without deep recursion."""
+    level = [value]
+    for _ in range(_MAX_CONFIG_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return not level
 
 
 def require_root(what: str) -> None:
@@ -258,7 +273,10 @@ class AgentCalls:
         await self._volumes.publish(
             PublishRequest(volume_id, target, attributes, keychain), wait=None
         )
-        record = next(one for one in self._volumes.list() if one.volume_id == volume_id)
+        shown = [record for record in self._volumes.list() if record.volume_id == volume_id]
+        if not shown:
+            raise NotFound(f"{target} was unmounted again at once", target=target)
+        [record] = shown
         return protocol.MountResult(
             reference=record.reference,
             digest=record.digest,

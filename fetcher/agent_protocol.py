@@ -155,7 +155,7 @@ class InspectResult(Struct, frozen=True, kw_only=True):
     layers: tuple[LayerRow, ...]
     annotations: dict[str, str]
     config: Any
-    """The model's config as the registry has it; None when it is not JSON."""
+    """The model's config as it is; None when it is not JSON, or more than is shown."""
 
 
 class VolumeRow(Struct, frozen=True, kw_only=True):
@@ -228,6 +228,8 @@ INSPECT: Final = Call("inspect", InspectParams, InspectResult)
 STATUS: Final = Call("status", NoParams, StatusResult)
 HANDOVER: Final = Call("handover", NoParams, HandoverResult)
 """Asks a command that is the agent to leave the store to the caller; a serving agent refuses."""
+
+CALLS: Final = (PING, PULL, MOUNT, UNMOUNT, LIST, INSPECT, STATUS, HANDOVER)
 
 
 # ------------------------------------------------------------------------------------ messages

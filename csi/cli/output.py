@@ -33,10 +33,10 @@ def error(code: str, message: str, *, as_json: bool) -> None:
 
 def facts(rows: Iterable[tuple[str, str]]) -> None:
     """Print names and values, one pair a line."""
-    rows = list(rows)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:{width}}  {printable(value)}")
+    shown = [(printable(name), printable(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown)
+    for name, value in shown:
+        print(f"{name:{width}}  {value}")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -17,10 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
+from csi.__main__ import become
+from csi.agent_client import AgentClient, Patience
+from csi.config import Config
 from csi.mount_table import mount_at
-from fetcher.agent_protocol import socket_path
+from fetcher.agent_protocol import LIST, ListResult, NoParams, socket_path
+from fetcher.errors import InProgress
 from fetcher.modelpack import Kind
+from fetcher.oci import Digest
 from tests.support.commands import ModelCsi, ended, wait_until
 from tests.support.models import ModelBuilder, tiny_model
 from tests.support.mounts import detach_below
@@ -237,7 +243,8 @@ def test_a_hostile_artifact_cannot_steer_the_terminal(
     cli: ModelCsi, registry: RegistryServer
 ) -> None:
     builder = tiny_model()
-    builder.document["annotations"] = {"org.example": "\x1b]0;owned\x07\x1b[2J\r\n\u202egpj"}
+    hostile = "\x1b]0;owned\x07\x1b[2J\r\n\u202egpj"
+    builder.document["annotations"] = {hostile: hostile}
     reference = builder.push(registry, "cli/hostile")
     found = cli.run("inspect", reference)
     assert found.status == 0, found.errors
@@ -417,27 +424,48 @@ def holder(root: Path) -> int:
 
 
 def test_a_holder_that_hangs_is_named(cli: ModelCsi) -> None:
-    """In-process bounds are tested elsewhere: here a real lock of a real process."""
     cli.root.mkdir()
-    program = (
+    program_text = (
         "import sys, pathlib; from fetcher.store import Store; "
         "store = Store.open(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(cli.root)],
+        [sys.executable, "-c", program_text, str(cli.root)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    config = Config.load({"root": cli.root}, {}, None)
+    client = AgentClient(cli.root, lambda: become(config), lambda *_: None, Patience(lock=0.3))
+
+    async def ask() -> ListResult:
+        return await client.call(LIST, NoParams())
+
     with process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        refused = cli.run("ls", "--json")
-        assert (refused.status, refused.error["code"]) == (1, "InProgress")
-        assert f"process {process.pid}" in refused.error["message"]
         assert process.stdin is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InProgress, match=f"process {process.pid}.*--root"):
+            trio.run(ask)
         process.stdin.close()
-    assert cli.run("ls").status == 0
+    assert trio.run(ask).models == ()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"", b"[" * 100_000 + b"]" * 100_000, b"[" * 400 + b"]" * 400, b"\xff", b"<html>", b"0"],
+)
+def test_a_config_that_is_none_hurts_nobody(
+    config: bytes, cli: ModelCsi, registry: RegistryServer
+) -> None:
+    builder = tiny_model()
+    builder.blobs[Digest.of(config)] = config
+    builder.document["config"] |= {"digest": str(Digest.of(config)), "size": len(config)}
+    reference = builder.push(registry, "cli/configs", Digest.of(config).short)
+    found = cli.run("inspect", reference, "--json")
+    assert found.status == 0, found.errors
+    assert found.json["config"] in (None, 0)
+    assert cli.run("inspect", reference).status == 0
 
 
 # -- the driver ------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,14 +28,14 @@ from csi.cli.running import Interrupted, run
 from csi.config import settings
 from csi.disk_usage import disk_usage
 from csi.progress import PlainLines, shown
-from fetcher.agent_protocol import Login
+from fetcher import errors
+from fetcher.agent_protocol import CALLS, Login
 from fetcher.credentials import Anonymous
 from fetcher.errors import NotFound
 from fetcher.oci import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from csi.cli.program import Program
 
@@ -441,3 +443,17 @@ def test_a_sparse_file_counts_what_it_takes(tmp_path: Path, still: threading.Eve
 @pytest.fixture
 def still() -> threading.Event:
     return threading.Event()
+
+
+# -- documentation ---------------------------------------------------------------------------------
+
+
+def test_the_documentation_names_what_there_is() -> None:
+    text = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for command in COMMANDS:
+        assert re.search(rf"^\| `{command}[` ]", text, re.MULTILINE), command
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.ModelError):
+            assert f"`{kind.__name__}`" in text
+    for call in CALLS:
+        assert f"`{call.name}`" in text
