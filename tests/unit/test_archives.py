@@ -466,6 +466,7 @@ trees = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(trees, st.sampled_from(ARCHIVES), st.sampled_from(FORMATS[1:]))
 def test_trees_come_out_as_they_went_in(
     files: dict[str, bytes], packing: Packing, format: int
@@ -515,7 +516,7 @@ def survives(layer: bytes, packing: Packing) -> None:
         assert len(error.message) < 1000  # noqa: PT017 -- any outcome is fine, but only these two
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(mutations, st.sampled_from(ARCHIVES), st.sampled_from(["archive", "layer"]))
 def test_damage_is_found_or_harmless(
     changes: list[tuple[int, bytes, int]], packing: Packing, where: str
@@ -526,6 +527,7 @@ def test_damage_is_found_or_harmless(
         survives(mutate(pack(SAMPLE, packing), changes), packing)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2000), st.sampled_from(ARCHIVES))
 def test_noise_is_no_archive(noise: bytes, packing: Packing) -> None:
     survives(noise, packing)

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fetcher.artifacts import (
@@ -248,6 +248,7 @@ entries = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_safe_path_is_inside_and_normal(text: str) -> None:
     try:
@@ -276,6 +277,7 @@ def create(root: Path, entries: list[Entry]) -> None:
                 place.hardlink_to(root / entry.target)
 
 
+@settings(deadline=None)
 @given(st.lists(entries, max_size=12))
 def test_whatever_a_tree_accepts_stays_inside_when_created(wanted: list[Entry]) -> None:
     tree = Tree()
@@ -303,6 +305,7 @@ def test_whatever_a_tree_accepts_stays_inside_when_created(wanted: list[Entry]) 
                 assert place == root or root in place.parents
 
 
+@settings(deadline=None)
 @given(
     st.lists(entries, max_size=6).flatmap(lambda one: st.tuples(st.just(one), st.permutations(one)))
 )

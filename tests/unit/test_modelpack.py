@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fetcher.errors import InvalidArtifact, InvalidRequest
@@ -343,6 +343,7 @@ def test_times(text: str | None, nanoseconds: int | None) -> None:
     assert FileMetadata(mtime=text).modified_ns == nanoseconds
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_time_makes_it_crash(text: str) -> None:
     assert FileMetadata(mtime=text).modified_ns is None
@@ -354,6 +355,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*GOOD]), values, max_size=7))
 def test_any_metadata_is_read_or_refused(metadata: dict[str, object]) -> None:
     try:
@@ -459,6 +461,7 @@ documents = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(documents)
 def test_any_manifest_is_a_model_or_refused(document: dict[str, object]) -> None:
     manifest = parse_manifest(json.dumps(document).encode(), None)

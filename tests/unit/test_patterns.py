@@ -6,7 +6,7 @@ import time
 
 import pathspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fetcher.errors import InvalidRequest
@@ -49,6 +49,7 @@ from fetcher.patterns import MAX_PATTERNS, Patterns
         (["?"], "é", True),
         (["**"], "a/b", True),
         (["A"], "a", None),
+        (["b[!a]a"], "b/a", None),
         (["model*of*.safetensors"], "model-1-of-2.safetensors", True),
     ],
 )
@@ -85,7 +86,8 @@ def test_hostile_names_take_no_time(line: str, path: str) -> None:
     assert time.perf_counter() - started < 0.5
 
 
-pieces = st.sampled_from(["a", "b", "*", "**", "?", "[ab]", "[!a]", "/", "/", "/**/", "a*b", r"\*"])
+# without [!a]: pathspec lets it match a slash, git and this do not
+pieces = st.sampled_from(["a", "b", "*", "**", "?", "[ab]", "/", "/", "/**/", "a*b", r"\*"])
 lines = st.tuples(st.sampled_from(["", "!", "/"]), st.lists(pieces, min_size=1, max_size=6)).map(
     lambda parts: parts[0] + "".join(parts[1])
 )
@@ -93,6 +95,7 @@ components = st.text("abx*", min_size=1, max_size=3)
 file_paths = st.lists(components, min_size=1, max_size=5).map("/".join)
 
 
+@settings(deadline=None)
 @given(st.lists(lines, max_size=4), file_paths)
 def test_pathspec_agrees(wanted: list[str], path: str) -> None:
     try:
@@ -105,6 +108,7 @@ def test_pathspec_agrees(wanted: list[str], path: str) -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(), max_size=3), st.text(min_size=1))
 def test_any_text_is_a_pattern_or_a_clear_error(wanted: list[str], path: str) -> None:
     try:
