@@ -93,14 +93,14 @@ class Connection:
 
     def _prepare(self, access: BlobAccess, wanted: Range, exchange: _Exchange) -> None:
         curl = self._curl
-        schemes = "http,https" if access.url.startswith("http:") else "https"
+        plain = pycurl.PROTO_HTTP if access.url.startswith("http:") else 0
         curl.setopt(pycurl.URL, access.url)
         curl.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in access.headers])
         curl.setopt(pycurl.RANGE, wanted.http)
         curl.setopt(pycurl.USERAGENT, self._settings.user_agent)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
-        curl.setopt(pycurl.PROTOCOLS_STR, schemes)
-        curl.setopt(pycurl.REDIR_PROTOCOLS_STR, schemes)
+        curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS | plain)
+        curl.setopt(pycurl.REDIR_PROTOCOLS, pycurl.PROTO_HTTPS | plain)
         curl.setopt(pycurl.FOLLOWLOCATION, 1)
         curl.setopt(pycurl.MAXREDIRS, _MAX_REDIRECTS)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, exchange.open_socket)
