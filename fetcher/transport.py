@@ -7,14 +7,16 @@ RFC 9110 section 14. Every failure is an error of :mod:`fetcher.errors` that nam
 
 from __future__ import annotations
 
-import ipaddress
 import socket
+import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import pycurl
 
+from fetcher.addresses import is_loopback, refused
 from fetcher.errors import (
     AccessDenied,
     ModelError,
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 _BUFFER_BYTES: Final = 512 * 1024
 _MAX_REDIRECTS: Final = 5
 _MAX_HEADER_BYTES: Final = 64 * 1024
-_LINK_LOCAL: Final = (ipaddress.ip_network("169.254.0.0/16"), ipaddress.ip_network("fe80::/10"))
 
 
 class RangeIgnored(Unavailable):
@@ -106,8 +107,7 @@ class Connection:
         curl.setopt(pycurl.OPENSOCKETFUNCTION, exchange.open_socket)
         curl.setopt(pycurl.SSL_VERIFYPEER, int(access.verify_tls))
         curl.setopt(pycurl.SSL_VERIFYHOST, 2 if access.verify_tls else 0)
-        if access.ca_file:
-            curl.setopt(pycurl.CAINFO, access.ca_file)
+        self._trust(access.ca_file)
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.BUFFERSIZE, _BUFFER_BYTES)
@@ -118,6 +118,18 @@ class Connection:
         curl.setopt(pycurl.WRITEFUNCTION, exchange.take_body)
         curl.setopt(pycurl.NOPROGRESS, 0)
         curl.setopt(pycurl.XFERINFOFUNCTION, exchange.look_up)
+
+    def _trust(self, ca_file: str | None) -> None:
+        """Trust the system's authorities, and those of ``ca_file``.
+
+        The wheels of pycurl bring a libcurl that does not know where this system keeps them.
+        """
+        system = ssl.get_default_verify_paths()
+        file = ca_file or system.cafile
+        if file:
+            self._curl.setopt(pycurl.CAINFO, file)
+        if system.capath:
+            self._curl.setopt(pycurl.CAPATH, system.capath)
 
 
 class _Exchange:
@@ -151,16 +163,21 @@ class _Exchange:
     def open_socket(
         self, purpose: int, address: tuple[int, int, int, tuple[object, ...]]
     ) -> object:
-        """Refuse link-local addresses: a registry must not steer a privileged process to them."""
+        """Connect, but not where a registry must not steer a privileged process."""
         family, kind, protocol, target = address
-        host = str(target[0]).partition("%")[0]
-        if any(ipaddress.ip_address(host) in network for network in _LINK_LOCAL):
+        why = refused(str(target[0]), steered=self._steered())
+        if why is not None:
             self._problem = AccessDenied(
-                f"{self._host} leads to the link-local address {host}, which is never followed",
+                f"{self._host} leads to {target[0]}, which {why}: it is never followed",
                 registry=self._host,
             )
             return pycurl.SOCKET_BAD
         return socket.socket(family, kind, protocol)
+
+    def _steered(self) -> bool:
+        """Whether a registry elsewhere named the goal. Behind a proxy only that one's is seen."""
+        local = is_loopback(urlsplit(f"//{self._host}").hostname or "")
+        return 300 <= self._status < 400 and not local and not getproxies()
 
     def take_header(self, line: bytes) -> int | None:
         self._header_bytes += len(line)

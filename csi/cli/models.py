@@ -24,7 +24,6 @@ from csi.cli.options import (
 )
 from fetcher import agent_protocol as protocol
 from fetcher.oci import Reference
-from fetcher.push import push as push_folder
 
 if TYPE_CHECKING:
     from csi.config import Config
@@ -103,6 +102,9 @@ def push(
         login = await login_for(wanted, username, password)
         keychain = keychain_for(wanted, login, invocation.program.keychain(config))
         settings = invocation.program.registry_settings(config)
+        # here, as what it brings along would double the time that every other command takes to start
+        from fetcher.push import push as push_folder
+
         return str(await push_folder(folder, wanted, keychain, settings, show))
 
     digest = work(invocation, f"pushing {reference}", task)
