@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from csi.readiness import StoreReadiness
 from csi.server import Server
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
-from fetcher.credentials import Anonymous, DockerConfig
+from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.jobs import Jobs, JobSettings
 from fetcher.pull import Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
@@ -123,8 +124,8 @@ def job_settings(config: Config) -> JobSettings:
 
 
 def node_keychain(config: Config) -> Keychain:
-    """The node's own credentials: those of its docker config, where one is configured."""
-    return Anonymous() if config.docker_config is None else DockerConfig(config.docker_config)
+    """The node's own credentials: those of its docker config, which may come later or never."""
+    return DockerConfig(config.docker_config or docker_config_path(os.environ))
 
 
 async def serve(config: Config) -> None:

@@ -174,6 +174,8 @@ class _Download:
         self._source = source
         self._failure: ModelError | None = None
         self._ranges_ignored = False
+        self._answered = trio.Event()
+        """The first request was answered with a range: others may be made beside it."""
 
     async def run(self) -> None:
         """Fetch, verify, synchronise, record."""
@@ -221,19 +223,31 @@ class _Download:
             for piece in missing.split(_RANGE_CHUNKS * partial.chunk_size)
         )
         async with trio.open_nursery() as nursery:
-            for _ in range(min(len(pieces), self._jobs.settings.connections)):
+            nursery.start_soon(self._fetch_first, partial, pieces, nursery.cancel_scope)
+            await self._answered.wait()
+            for _ in range(min(len(pieces), self._jobs.settings.connections - 1)):
                 nursery.start_soon(self._fetch_pieces, partial, pieces, nursery.cancel_scope)
         if self._ranges_ignored and self._failure is None:
             await self._fetch_whole(partial)
         if self._failure is not None:
             whole.cancel()
 
+    async def _fetch_first(
+        self, partial: PartialBlob, pieces: collections.deque[Range], all_pieces: trio.CancelScope
+    ) -> None:
+        """Fetch alone until a range was answered: a server without ranges sends all at once."""
+        await self._fetch_pieces(partial, pieces, all_pieces)
+        self._answered.set()
+
     async def _fetch_pieces(
         self, partial: PartialBlob, pieces: collections.deque[Range], all_pieces: trio.CancelScope
     ) -> None:
         try:
             while pieces:
-                await self._fetch(partial.sink(pieces.popleft()))
+                piece = pieces.popleft()
+                # a whole answer to the first piece has brought the others along
+                if not partial.covers(piece):
+                    await self._fetch(partial.sink(piece))
         except RangeIgnored:
             self._ranges_ignored = True
             all_pieces.cancel()
@@ -289,9 +303,10 @@ class _Download:
             self._source.reference, self._blob.digest, self._source.keychain, renew=renew
         )
         blob = self._blob
+        watched = sink if self._answered.is_set() else _Watched(sink, self._answered)
         await self._jobs.transfer(
             lambda connection, stop: connection.fetch(
-                access, blob.digest, blob.size, sink.remaining, sink, stop
+                access, blob.digest, blob.size, sink.remaining, watched, stop
             )
         )
 
@@ -307,3 +322,24 @@ class _Download:
         logger.info("%s; trying again in %.1f s", error.message, pause)
         await trio.sleep(pause)
         return True
+
+
+class _Watched:
+    """A sink that tells the trio thread when the first bytes of a range arrive."""
+
+    def __init__(self, sink: ChunkSink, answered: trio.Event) -> None:
+        self._sink = sink
+        self._answered = answered
+        self._token = trio.lowlevel.current_trio_token()
+        self._telling = True
+
+    def whole(self) -> bool:
+        # no range: what follows comes over this connection alone
+        self._telling = False
+        return self._sink.whole()
+
+    def __call__(self, data: bytes) -> bool:
+        if self._telling:
+            self._telling = False
+            self._token.run_sync_soon(self._answered.set)
+        return self._sink(data)

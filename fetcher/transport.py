@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -29,7 +29,6 @@ from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
 
     from fetcher.oci import Digest
     from fetcher.registry import BlobAccess
@@ -40,7 +39,7 @@ _MAX_HEADER_BYTES: Final = 64 * 1024
 
 
 class RangeIgnored(Unavailable):
-    """The server answered a range with the whole blob, which the caller did not ask for."""
+    """The server answered a range with the whole blob, which the sink cannot use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,16 @@ class TransferSettings:
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
     user_agent: str = "model-csi"
+
+
+class Sink(Protocol):
+    """Where the bytes of a range go, in order."""
+
+    def __call__(self, data: bytes, /) -> bool:
+        """Take the next bytes; false if they go beyond what is wanted."""
+
+    def whole(self) -> bool:
+        """The server sends the whole blob instead: whether that will do."""
 
 
 class Connection:
@@ -69,7 +78,7 @@ class Connection:
         digest: Digest,
         size: int,
         wanted: Range,
-        sink: Callable[[bytes], bool],
+        sink: Sink,
         stop: threading.Event,
     ) -> None:
         """Fetch ``wanted`` of the blob ``digest`` of ``size`` bytes and hand it to ``sink`` in
@@ -90,6 +99,7 @@ class Connection:
         finally:
             # no callback may keep the exchange, and with it the blob, alive
             curl.reset()
+            exchange.close_sockets()
         exchange.finish()
 
     def _prepare(self, access: BlobAccess, wanted: Range, exchange: _Exchange) -> None:
@@ -141,7 +151,7 @@ class _Exchange:
         digest: Digest,
         size: int,
         wanted: Range,
-        sink: Callable[[bytes], bool],
+        sink: Sink,
         stop: threading.Event,
     ) -> None:
         self._host = urlsplit(access.url).netloc
@@ -157,6 +167,7 @@ class _Exchange:
         self._left = len(wanted)
         self._checked = False
         self._problem: BaseException | None = None
+        self._sockets: list[socket.socket] = []
 
     # Exceptions do not cross libcurl: callbacks note the problem and end the transfer.
 
@@ -172,7 +183,15 @@ class _Exchange:
                 registry=self._host,
             )
             return pycurl.SOCKET_BAD
-        return socket.socket(family, kind, protocol)
+        opened = socket.socket(family, kind, protocol)
+        # pycurl makes a descriptor of its own from it, which libcurl keeps and closes
+        self._sockets.append(opened)
+        return opened
+
+    def close_sockets(self) -> None:
+        """Close our ends of the sockets that were opened; the connections stay."""
+        for opened in self._sockets:
+            opened.close()
 
     def _steered(self) -> bool:
         """Whether a registry elsewhere named the goal. Behind a proxy only that one's is seen."""
@@ -218,7 +237,9 @@ class _Exchange:
     def _check_answer(self) -> None:
         self._checked = True
         if self._status == 200 and self._wanted != Range(0, self._size):
-            raise RangeIgnored(f"{self._host} ignores ranges", registry=self._host)
+            if not self._sink.whole():
+                raise RangeIgnored(f"{self._host} ignores ranges", registry=self._host)
+            self._left = self._size
         if self._status == 206:
             got, whole = parse_content_range(self._headers.get("content-range", ""))
             if got != self._wanted or whole not in (None, self._size):

@@ -102,7 +102,7 @@ def push(
         login = await login_for(wanted, username, password)
         keychain = keychain_for(wanted, login, invocation.program.keychain(config))
         settings = invocation.program.registry_settings(config)
-        # here, as what it brings along would double the time that every other command takes to start
+        # here, as what it imports would double the time that other commands take to start
         from fetcher.push import push as push_folder
 
         return str(await push_folder(folder, wanted, keychain, settings, show))

@@ -131,6 +131,11 @@ class PartialBlob:
         except OSError as error:
             raise disk_error(error, self._path) from error
 
+    def covers(self, wanted: Range) -> bool:
+        """Whether all of ``wanted``, which is not empty, is there."""
+        first, last = wanted.start // self.chunk_size, (wanted.stop - 1) // self.chunk_size
+        return self._chunks.contiguous(first) > last
+
     def has(self, chunk: int) -> bool:
         """Whether ``chunk`` is there."""
         return self._chunks.has(chunk)
@@ -184,6 +189,13 @@ class ChunkSink:
     def remaining(self) -> Range:
         """What is still to come."""
         return Range(self._position, self._stop)
+
+    def whole(self) -> bool:
+        """Take the rest of the blob too, if this is where the blob starts and nothing came yet."""
+        if self._position:
+            return False
+        self._stop = self._blob.size
+        return True
 
     def __call__(self, data: bytes) -> bool:
         """Take the next bytes; false if they go beyond what was wanted.

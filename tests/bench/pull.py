@@ -66,18 +66,24 @@ def _timed(command: Sequence[str], registry: RegistryServer) -> Run:
     return Run(wall, usage.ru_utime, usage.ru_stime, after - before, usage.ru_maxrss / 1024)
 
 
-def _push_model(registry: RegistryServer, layers: int, layer_mib: int) -> str:
+def _push_model(registry: RegistryServer, layers: int, layer_mib: int) -> None:
     builder = ModelBuilder()
     for number in range(layers):
         name = f"model-{number + 1:05}-of-{layers:05}.safetensors"
         builder.add_raw(name, os.urandom(layer_mib * MIB))
-    return builder.push(registry, "bench/model", "v1")
+    builder.push(registry, "bench/model", "v1")
 
 
 def _push_apart(registry: RegistryServer, layers: int, layer_mib: int) -> str:
     """Push in a process of its own: this one's memory is counted for the commands it starts."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return str(pool.apply(_push_model, (registry, layers, layer_mib)))
+    process = multiprocessing.get_context("fork").Process(
+        target=_push_model, args=(registry, layers, layer_mib)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit("the model could not be pushed")
+    return registry.reference("bench/model", "v1")
 
 
 def _hash_seconds(size: int) -> float:
