@@ -40,7 +40,9 @@ exec "$@"
 """
 
 # A process that has root's interpreter and modules, and then no rights of root's any more.
+# The codec of host names is loaded at its first use, when it could not be read any more.
 CONTROLLER_CONTAINER = f"""
+import encodings.idna
 import os
 from csi.__main__ import main
 os.setgroups([])

@@ -84,7 +84,8 @@ class ModelCsi:
     def command_as(self, user: int, *arguments: str) -> list[str]:
         """As another user, who may not be able to read the interpreter's own files."""
         program = (
-            "import os, sys; from csi.__main__ import main; "
+            # the codec of host names is loaded at its first use, when it could not be read any more
+            "import encodings.idna, os, sys; from csi.__main__ import main; "
             f"os.setgroups([]); os.setgid({user}); os.setuid({user}); main()"
         )
         return [sys.executable, "-c", program, *self.command(*arguments)[3:]]
