@@ -28,29 +28,38 @@ def boot_id() -> bytes:
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
 
 
+def _chunk_size_of(descriptor: int, size: int) -> int | None:
+    """The chunk size of an open map, if it is one of a blob of ``size`` bytes and of this boot."""
+    header = os.pread(descriptor, _HEADER.size, 0)
+    if len(header) < _HEADER.size:
+        return None
+    magic, recorded, chunk_size, boot = _HEADER.unpack(header)
+    if (magic, recorded, boot) != (_MAGIC, size, boot_id()) or chunk_size < 1:
+        return None
+    length = HEADER_BYTES + -(-size // chunk_size)
+    return int(chunk_size) if os.fstat(descriptor).st_size == length else None
+
+
 class ChunkMap:
     """The chunk map of one blob, open for writing. Not for two writers at once."""
 
     def __init__(self, path: Path, size: int, chunk_size: int) -> None:
         """Open the map at ``path`` for a blob of ``size`` bytes; start anew where it is no use.
 
-        A map of another chunk size, blob size or boot is emptied. Raises :class:`OSError`.
+        A map that is there keeps its own chunk size, whatever is configured now. One of another
+        blob size or boot is emptied. Raises :class:`OSError`.
         """
-        self.size = size
-        self.chunk_size = chunk_size
-        self.count = -(-size // chunk_size)
-        header = _HEADER.pack(_MAGIC, size, chunk_size, boot_id()).ljust(HEADER_BYTES, b"\0")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            self.size = size
+            kept = _chunk_size_of(descriptor, size)
+            self.chunk_size = kept or chunk_size
+            self.count = -(-size // self.chunk_size)
             length = HEADER_BYTES + self.count
-            believed = (
-                os.fstat(descriptor).st_size == length
-                and os.pread(descriptor, HEADER_BYTES, 0) == header
-            )
-            if not believed:
+            if kept is None:
                 os.ftruncate(descriptor, 0)
                 os.ftruncate(descriptor, length)
-                os.pwrite(descriptor, header, 0)
+                os.pwrite(descriptor, _HEADER.pack(_MAGIC, size, chunk_size, boot_id()), 0)
             self._map = mmap.mmap(descriptor, length)
         finally:
             os.close(descriptor)

@@ -16,7 +16,6 @@ import msgspec
 
 from fetcher.archives import read_tar
 from fetcher.artifacts import Entry, FileEntry, FolderEntry, HardLinkEntry, LinkEntry
-from fetcher.errors import DigestMismatch
 from fetcher.store.blobs import disk_error, sync_folder
 from fetcher.threads import Stopped
 
@@ -151,7 +150,7 @@ def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading
             # readinto is there on every stream that read_tar gives; BinaryIO does not name it
             read = content.readinto(view[: min(left, len(view))])  # type: ignore[attr-defined]
             if not read:
-                raise DigestMismatch(f"the layer's file {entry.path!r} ended early while unpacking")
+                raise ValueError(f"{entry.path!r} ended early, which read_tar has to refuse")
             write_all(file.fileno(), view[:read])
             left -= read
         finish_file(file.fileno(), executable=entry.executable, mtime_ns=entry.mtime_ns)
