@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from fetcher.registry import BlobAccess
 
 _BUFFER_BYTES: Final = 512 * 1024
+_GATHER_BYTES: Final = 512 * 1024
+_LOOK_UP_SECONDS: Final = 0.2
 _MAX_REDIRECTS: Final = 5
 _MAX_HEADER_BYTES: Final = 64 * 1024
 
@@ -66,10 +68,12 @@ class Connection:
 
     def __init__(self, settings: TransferSettings) -> None:
         self._curl = pycurl.Curl()
+        self._loop = pycurl.CurlMulti()
         self._settings = settings
 
     def close(self) -> None:
         """Close its connections."""
+        self._loop.close()
         self._curl.close()
 
     def fetch(
@@ -93,14 +97,37 @@ class Connection:
         curl.reset()
         self._prepare(access, wanted, exchange)
         try:
-            curl.perform()
-        except pycurl.error as error:
-            raise exchange.failure(error) from error
+            problem = self._run(stop)
         finally:
             # no callback may keep the exchange, and with it the blob, alive
             curl.reset()
             exchange.close_sockets()
+        if problem is not None:
+            exchange.keep_gathered()
+            raise exchange.failure(*problem)
         exchange.finish()
+
+    def _run(self, stop: threading.Event) -> tuple[int, str] | None:
+        """Run the transfer to its end: libcurl's number and text of what was wrong, if anything.
+
+        A loop of our own looks at ``stop`` now and then. A progress callback could too, at the cost
+        of one more call into Python for every 16 KiB.
+        """
+        loop = self._loop
+        loop.add_handle(self._curl)
+        try:
+            while not stop.is_set():
+                _, running = loop.perform()
+                if not running:
+                    break
+                loop.select(_LOOK_UP_SECONDS)
+            _, _, failed = loop.info_read()
+            if failed:
+                _, number, text = failed[0]
+                return number, text
+            return (pycurl.E_ABORTED_BY_CALLBACK, "stopped") if stop.is_set() else None
+        finally:
+            loop.remove_handle(self._curl)
 
     def _prepare(self, access: BlobAccess, wanted: Range, exchange: _Exchange) -> None:
         curl = self._curl
@@ -126,8 +153,6 @@ class Connection:
         curl.setopt(pycurl.LOW_SPEED_TIME, max(1, round(self._settings.stall_timeout)))
         curl.setopt(pycurl.HEADERFUNCTION, exchange.take_header)
         curl.setopt(pycurl.WRITEFUNCTION, exchange.take_body)
-        curl.setopt(pycurl.NOPROGRESS, 0)
-        curl.setopt(pycurl.XFERINFOFUNCTION, exchange.look_up)
 
     def _trust(self, ca_file: str | None) -> None:
         """Trust the system's authorities, and those of ``ca_file``.
@@ -168,6 +193,8 @@ class _Exchange:
         self._checked = False
         self._problem: BaseException | None = None
         self._sockets: list[socket.socket] = []
+        self._pieces: list[bytes] = []
+        self._gathered = 0
 
     # Exceptions do not cross libcurl: callbacks note the problem and end the transfer.
 
@@ -221,18 +248,23 @@ class _Exchange:
         try:
             if not self._checked:
                 self._check_answer()
-            if len(data) > self._left or not self._sink(data):
-                self._problem = self._unavailable("sent more bytes than it was asked for")
-                return 0
+            self._pieces.append(data)
+            self._gathered += len(data)
+            if self._gathered >= _GATHER_BYTES or self._gathered >= self._left:
+                self._hand_over()
         except BaseException as error:
             self._problem = error
             return 0
-        self._left -= len(data)
         return None
 
-    def look_up(self, *_: object) -> int:
-        """Called by libcurl often, also while nothing arrives: whether to stop."""
-        return int(self._stop.is_set())
+    def _hand_over(self) -> None:
+        """Give the sink what was gathered: libcurl's 16 KiB at a time would keep Python busy."""
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        self._gathered = 0
+        if len(data) > self._left or not self._sink(data):
+            raise self._unavailable("sent more bytes than it was asked for")
+        self._left -= len(data)
 
     def _check_answer(self) -> None:
         self._checked = True
@@ -250,13 +282,20 @@ class _Exchange:
         elif self._status != 200:
             raise self._unavailable(f"answered with the status {self._status}")
 
-    def failure(self, error: pycurl.error) -> BaseException:
-        """What ended the transfer early."""
+    def keep_gathered(self) -> None:
+        """After a transfer that ended early: what came is good, and is not fetched again."""
+        if self._pieces and self._problem is None:
+            try:
+                self._hand_over()
+            except ModelError as error:
+                self._problem = error
+
+    def failure(self, code: int, text: str) -> BaseException:
+        """What ended the transfer early, by libcurl's number and words for it or by our own."""
         if self._problem is not None:
             return self._problem
         if self._stop.is_set():
             return Stopped()
-        code, text = error.args
         if code in (pycurl.E_SSL_CACERT, pycurl.E_PEER_FAILED_VERIFICATION):
             text += "; if its certificate is of a private authority, configure that as ca-file"
         return self._unavailable(f"failed: {text}")
