@@ -15,14 +15,8 @@ import trio
 from csi.agent import AgentServer, listening
 from csi.agent_calls import AgentCalls, AgentFacts
 from csi.agent_client import Patience, take_over
-from csi.claims import Claims
 from csi.cli.app import main as run_command
 from csi.cli.program import Program
-from csi.controller.service import ControllerService
-from csi.identity.service import IdentityService
-from csi.node.service import NodeService
-from csi.readiness import StoreReadiness
-from csi.server import Server
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
 from fetcher.credentials import DockerConfig, docker_config_path
@@ -134,6 +128,9 @@ async def serve(config: Config) -> None:
     The volumes that pods have are put in order first, from local state alone; kubelet is listened
     to last, when everything that its calls need is there.
     """
+    # here and in services(), as gRPC would make every other command start slower
+    from csi.server import Server
+
     async with take_over(config.root, lambda: compose(config, "serve"), Patience()) as node:
         if config.mode != "controller":
             await node.volumes.reconcile()
@@ -153,6 +150,12 @@ async def serve(config: Config) -> None:
 
 def services(node: Node) -> list[Service]:
     """The gRPC services of the configured mode."""
+    from csi.claims import Claims
+    from csi.controller.service import ControllerService
+    from csi.identity.service import IdentityService
+    from csi.node.service import NodeService
+    from csi.readiness import StoreReadiness
+
     config = node.config
     found: list[Service] = [IdentityService(config, VERSION, StoreReadiness(node.store))]
     if config.mode in ("node", "all"):

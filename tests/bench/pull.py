@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import multiprocessing
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -64,6 +63,15 @@ def _timed(command: Sequence[str], registry: RegistryServer) -> Run:
         raise SystemExit(f"{command[0]} failed with status {process.returncode}")
     after = _processor_seconds(registry.pid)
     return Run(wall, usage.ru_utime, usage.ru_stime, after - before, usage.ru_maxrss / 1024)
+
+
+def _ours(root: Path, reference: str) -> list[str]:
+    return [sys.executable, "-m", "csi", "--json", "--root", str(root), "pull", reference]
+
+
+def _theirs(copy: Path, reference: str) -> list[str]:
+    command = ["skopeo", "copy", "--quiet", "--src-tls-verify=false"]
+    return [*command, f"docker://{reference}", f"dir:{copy}"]
 
 
 def _push_model(registry: RegistryServer, layers: int, layer_mib: int) -> None:
@@ -130,16 +138,13 @@ def main() -> None:
         folder = Path(name)
         with serve_registry(folder / "registry") as registry:
             reference = _push_apart(registry, arguments.layers, arguments.layer_mib)
-            root, copy = folder / "root", folder / "copy"
-            ours = [sys.executable, "-m", "csi", "--json", "--root", str(root), "pull", reference]
-            theirs = ["skopeo", "copy", "--quiet", "--src-tls-verify=false"]
-            theirs += [f"docker://{reference}", f"dir:{copy}"]
             our_runs, their_runs = [], []
-            for _ in range(arguments.runs):
-                our_runs.append(_timed(ours, registry))
-                shutil.rmtree(root)
-                their_runs.append(_timed(theirs, registry))
-                shutil.rmtree(copy)
+            # every run has a folder of its own, all removed at the end: the disk would still be
+            # busy with the removal of one run's files in the next
+            for number in range(arguments.runs):
+                root, copy = folder / f"root-{number}", folder / f"copy-{number}"
+                our_runs.append(_timed(_ours(root, reference), registry))
+                their_runs.append(_timed(_theirs(copy, reference), registry))
         print(
             f"\n{arguments.layers} raw layers of {arguments.layer_mib} MiB, cold, whole commands,"
         )

@@ -40,10 +40,11 @@ exec "$@"
 """
 
 # A process that has root's interpreter and modules, and then no rights of root's any more.
-# The codec of host names is loaded at its first use, when it could not be read any more.
+# What is loaded at its first use could not be read any more by then: the codec of host names, gRPC.
 CONTROLLER_CONTAINER = f"""
 import encodings.idna
 import os
+import csi.controller.service, csi.identity.service, csi.node.service, csi.server
 from csi.__main__ import main
 os.setgroups([])
 os.setgid({NOBODY})
