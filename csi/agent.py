@@ -170,12 +170,12 @@ class AgentServer:
         try:
             refusal = self._refusal(stream)
             if refusal is not None:
-                await _last_word(lines, refusal)
+                await _last_word(stream, lines, refusal)
                 return
             while (line := await lines.receive()) is not None:
                 await self._request(lines, line)
         except LineTooLong as error:
-            await _last_word(lines, InvalidRequest(f"the request is {error}"))
+            await _last_word(stream, lines, InvalidRequest(f"the request is {error}"))
         except ConnectionLost as error:
             logger.debug("a client of the agent left: %s", error)
         except Exception:
@@ -274,6 +274,12 @@ async def _report(lines: Lines, watch: Watch, finished: trio.Event) -> None:
         logger.debug("a client of the agent left: %s", error)
 
 
-async def _last_word(lines: Lines, error: ModelError) -> None:
-    with trio.move_on_after(_LAST_WORD_SECONDS), contextlib.suppress(ConnectionLost):
+async def _last_word(stream: trio.SocketStream, lines: Lines, error: ModelError) -> None:
+    """Say why, and wait for the peer to leave: closed with its request unread, the connection would
+    break under a peer that still writes, or before it has read this.
+    """
+    gone = (ConnectionLost, LineTooLong, trio.BrokenResourceError)
+    with trio.move_on_after(_LAST_WORD_SECONDS), contextlib.suppress(*gone):
         await lines.send(protocol.encode_error(error))
+        await stream.send_eof()
+        await lines.wait_closed()
