@@ -112,9 +112,13 @@ def registry_settings(config: Config) -> RegistrySettings:
 
 
 def job_settings(config: Config) -> JobSettings:
-    """How blobs are fetched."""
+    """How blobs are fetched.
+
+    More transfers than processors to run them fetch no faster: they queue for the interpreter lock.
+    """
     transfer = TransferSettings(stall_timeout=config.stall_timeout, user_agent=USER_AGENT)
-    return JobSettings(connections=config.connections, transfer=transfer)
+    connections = min(config.connections, len(os.sched_getaffinity(0)) + 1)
+    return JobSettings(connections=connections, transfer=transfer)
 
 
 def node_keychain(config: Config) -> Keychain:
