@@ -7,6 +7,7 @@ never taken for a whole one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from fetcher.archives import UnpackLimits
@@ -43,14 +44,8 @@ class UnpackedFile:
 class UnpackedLayer:
     """What a layer holds: entries in the archive's order, files with their place on the disk."""
 
-    folder: Path
     entries: tuple[Entry, ...]
     files: tuple[UnpackedFile, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all its files."""
-        return sum(file.entry.size for file in self.files)
 
 
 class _Record(msgspec.Struct, omit_defaults=True):
@@ -95,7 +90,7 @@ def load_layer(folder: Path) -> UnpackedLayer:
 def _layer(folder: Path, entries: tuple[Entry, ...]) -> UnpackedLayer:
     regular = [entry for entry in entries if isinstance(entry, FileEntry)]
     files = tuple(UnpackedFile(entry, folder / str(number)) for number, entry in enumerate(regular))
-    return UnpackedLayer(folder, entries, files)
+    return UnpackedLayer(entries, files)
 
 
 def unpack_layer(
@@ -105,17 +100,14 @@ def unpack_layer(
     limits: UnpackLimits,
     stop: threading.Event,
     check: Callable[[Entry], None],
-) -> UnpackedLayer:
+) -> None:
     """Unpack the complete ``blob`` into ``folder``, durably, all of it or nothing.
 
     ``check`` sees every entry before it is written and refuses it by raising. Raises
     :class:`fetcher.errors.InvalidArtifact` for a hostile or broken archive, ``NoSpace`` for a full
     disk, and :class:`fetcher.threads.Stopped`.
     """
-    scratch = folder.with_name(folder.name + ".new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(mode=0o700)
+    with whole_folder(folder, mode=0o700) as scratch:
         entries: list[Entry] = []
         regular = 0
         with blob.open("rb", buffering=0) as stream:
@@ -127,6 +119,19 @@ def unpack_layer(
                     regular += 1
         records = msgspec.json.encode([_to_record(entry) for entry in entries])
         _write_durably(scratch / _INDEX, records)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, mode: int) -> Iterator[Path]:
+    """A folder to fill, which then becomes ``folder``, durably; or nothing of it stays.
+
+    Raises :class:`fetcher.errors.ModelError` for what goes wrong on the disk.
+    """
+    scratch = folder.with_name(folder.name + ".new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(mode=mode, parents=True)
+        yield scratch
         sync_folder(scratch)
         scratch.rename(folder)
         sync_folder(folder.parent)
@@ -136,7 +141,6 @@ def unpack_layer(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return _layer(folder, tuple(entries))
 
 
 def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading.Event) -> None:

@@ -14,7 +14,7 @@ from fetcher.quantities import bytes_text
 from fetcher.store.blobs import PartialBlob, disk_error
 from fetcher.store.catalog import Catalog
 from fetcher.store.database import Database
-from fetcher.store.layers import UnpackedLayer, load_layer, unpack_layer
+from fetcher.store.layers import load_layer, unpack_layer
 from fetcher.store.trees import ModelTree, build_tree, measure_tree
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fetcher.archives import UnpackLimits
-    from fetcher.artifacts import Entry
     from fetcher.modelpack import Layer, Model, Selection
     from fetcher.oci import Descriptor, Digest
 
@@ -156,17 +155,19 @@ class Store:
         """Whether this tar layer has been unpacked."""
         return self._files_path(layer.descriptor.digest).is_dir()
 
-    def unpack(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> UnpackedLayer:
+    def unpack(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> None:
         """Unpack a complete tar layer, in a worker thread; see :func:`unpack_layer`."""
         digest = layer.descriptor.digest
         # entries are checked among themselves here, and with those of the other layers in `plan`
         entries = Tree()
 
-        def check(entry: Entry) -> None:
-            entries.add(entry)
-
-        return unpack_layer(
-            self.blob_path(digest), self._files_path(digest), layer.packing, limits, stop, check
+        unpack_layer(
+            self.blob_path(digest),
+            self._files_path(digest),
+            layer.packing,
+            limits,
+            stop,
+            entries.add,
         )
 
     def drop_packed(self, layer: Layer) -> None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fetcher.artifacts import FileEntry, FolderEntry, HardLinkEntry, LinkEntry, Tree
-from fetcher.store.blobs import disk_error, sync_folder
-from fetcher.store.layers import finish_file
+from fetcher.store.layers import finish_file, whole_folder
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
@@ -52,10 +50,7 @@ def build_tree(
     Durable, and all or nothing. Returns bytes and number of files. Raises ``NoSpace`` for a full
     disk and :class:`fetcher.threads.Stopped`.
     """
-    scratch = folder.with_name(folder.name + ".new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(mode=0o755, parents=True)
+    with whole_folder(folder, mode=0o755) as scratch:
         for entry in tree.entries():
             if stop.is_set():
                 raise Stopped
@@ -69,15 +64,6 @@ def build_tree(
                     place.symlink_to(entry.target)
                 case HardLinkEntry():
                     place.hardlink_to(scratch / entry.target)
-        sync_folder(scratch)
-        scratch.rename(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise disk_error(error, folder) from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return measure_tree(tree)
 
 
