@@ -20,7 +20,8 @@ from csi.cli.program import Program
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
 from fetcher.credentials import DockerConfig, docker_config_path
-from fetcher.jobs import Jobs, JobSettings
+from fetcher.download import DownloadSettings
+from fetcher.jobs import Jobs
 from fetcher.pull import Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.store import Store
@@ -63,7 +64,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
         store = Store.open(config.root, config.chunk_size)
         closing.callback(store.close)
         async with open_registry(config) as registry, trio.open_nursery() as downloads:
-            jobs = Jobs(store, registry, job_settings(config), downloads)
+            jobs = Jobs(store, registry, download_settings(config), downloads)
             closing.callback(jobs.close)
             settings = PullSettings(unpacked_ratio=config.max_unpacked_ratio)
             pulls = Pulls(store, registry, jobs, settings, downloads)
@@ -111,14 +112,14 @@ def registry_settings(config: Config) -> RegistrySettings:
     )
 
 
-def job_settings(config: Config) -> JobSettings:
+def download_settings(config: Config) -> DownloadSettings:
     """How blobs are fetched.
 
     More transfers than processors to run them fetch no faster: they queue for the interpreter lock.
     """
     transfer = TransferSettings(stall_timeout=config.stall_timeout, user_agent=USER_AGENT)
     connections = min(config.connections, len(os.sched_getaffinity(0)) + 1)
-    return JobSettings(connections=connections, transfer=transfer)
+    return DownloadSettings(connections=connections, transfer=transfer)
 
 
 def node_keychain(config: Config) -> Keychain:

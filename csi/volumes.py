@@ -68,8 +68,16 @@ class PullService(Protocol):
     ) -> Resolved:
         """The model, proven to be readable with ``keychain``."""
 
-    def join(self, resolved: Resolved, selection: Selection) -> AbstractContextManager[RunningPull]:
-        """The pull of the model, started or joined; leaving the block stops waiting for it."""
+    def join(
+        self, resolved: Resolved, selection: Selection, holder: str | None = None
+    ) -> AbstractContextManager[RunningPull]:
+        """The pull of the model, started or joined; leaving the block stops waiting for it.
+
+        It goes on for a ``holder`` that leaves, until :meth:`release` or for some minutes.
+        """
+
+    def release(self, holder: str) -> None:
+        """``holder`` does not come again."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,8 @@ class Volumes:
         self, resolved: Resolved, request: PublishRequest, deadline: float
     ) -> ModelTree:
         reference = str(request.attributes.reference)
-        with self._pulls.join(resolved, request.attributes.selection) as pull:
+        holder = _holder(request.volume_id, request.target)
+        with self._pulls.join(resolved, request.attributes.selection, holder) as pull:
             return await wait_for_tree(pull, reference, deadline)
 
     async def _show(self, tree: ModelTree, record: VolumeRecord) -> None:
@@ -274,6 +283,7 @@ class Volumes:
         mount = mount_at(target)
         if record is not None and (mount is None or self._is_ours(mount, record)):
             self._records.save(replace(record, state=VolumeState.UNPUBLISHING))
+        self._pulls.release(_holder(volume_id, target))
         await unmount(target, self._ours(record))
         # without a record (a lost state, an unknown volume) an empty folder is taken for ours
         if record is None or record.made_target:
@@ -371,6 +381,11 @@ def _pinned(reference: Reference, previous: VolumeRecord | None) -> Reference | 
         return reference.with_digest(Digest.parse(previous.digest))
     except InvalidArtifact:
         return None
+
+
+def _holder(volume_id: str, target: Path) -> str:
+    """Who holds the pull of a volume between two tries: the volume, at that target."""
+    return f"{volume_id} at {target}"
 
 
 def _check_volume_id(volume_id: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import httpcore
 import trio
@@ -75,6 +76,16 @@ def is_loopback(host: str) -> bool:
     """Whether a host is this machine, by its literal address or by the name ``localhost``."""
     address = parse_address(host)
     return address.is_loopback if address else host.lower().rstrip(".") == "localhost"
+
+
+def name_of(host: str) -> str:
+    """The name or address in ``host`` or ``host:port``, without brackets."""
+    return urlsplit(f"//{host}").hostname or host
+
+
+def is_named(host: str, names: tuple[str, ...]) -> bool:
+    """Whether a list of hosts, each with or without a port, has ``host`` or ``host:port``."""
+    return host in names or name_of(host) in names
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import email.utils
 import socket
 import ssl
+import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import httpx
@@ -93,3 +95,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         if isinstance(current, BaseExceptionGroup):
             waiting.extend(current.exceptions)
         waiting.extend(one for one in (current.__cause__, current.__context__) if one is not None)
+
+
+def retry_after(text: str) -> float | None:
+    """Seconds from now that a ``Retry-After`` says, in either form (RFC 9110, section 10.2.3).
+
+    Never negative; None for what is no such header.
+    """
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return max(seconds, 0.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ import trio
 
 from fetcher.archives import UnpackLimits
 from fetcher.credentials import fingerprint
+from fetcher.download import Source
 from fetcher.errors import (
     AccessDenied,
     InProgress,
@@ -29,7 +31,6 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
-from fetcher.jobs import Source
 from fetcher.modelpack import Packing, read_model
 from fetcher.policy import PullPolicy
 from fetcher.threads import run_stoppable
@@ -51,9 +52,12 @@ logger = logging.getLogger(__name__)
 class PullSettings:
     """How models are pulled."""
 
-    grace: float = 180.0
-    """Seconds that a pull goes on with nobody waiting. More than kubelet's longest pause between
-    two tries of a volume (122 s), so that a pod which is still there finds its pull still going."""
+    grace: float = 60.0
+    """Seconds that a pull goes on with nobody waiting for it and nobody holding it."""
+    hold: float = 300.0
+    """Seconds for which whoever left a pull to come again holds it. More than twice kubelet's
+    longest pause between two tries of a volume (122 s): a pod that is still there finds its pull
+    still going, and one whose deletion nobody tells of does not hold it for ever."""
     blobs: int = 8
     """Blobs of one model that are fetched at one time."""
     unpacked_ratio: int = 100
@@ -87,6 +91,10 @@ class Pull:
         self.previous = previous
         """A pull of the same tree that was told to stop and may not have ended yet."""
         self.waiters = 0
+        self.holders: dict[str, float] = {}
+        """Who is to come again, each with the time until which it is believed."""
+        self.left = 0.0
+        """When the last waiter left."""
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
         self.tree: ModelTree | None = None
@@ -107,6 +115,20 @@ class Pull:
         done = sum(self.sizes[digest] for digest in self.complete)
         done += sum(job.done for digest, job in self.jobs.items() if digest not in self.complete)
         return Progress(done, total)
+
+    def renew(self, resolved: Resolved) -> None:
+        """Go on as whoever asked last: a pod's credentials expire, and its next try has new ones.
+
+        Its reference may name another repository, which has the same model.
+        """
+        self.resolved = resolved
+        for job in self.jobs.values():
+            job.source = self.source
+
+    @property
+    def source(self) -> Source:
+        """Where its blobs are fetched from."""
+        return Source(self.resolved.reference, self.resolved.keychain)
 
     async def wait(self) -> ModelTree:
         """Wait for the tree. Raises what the pull failed with; leaving does not stop the pull."""
@@ -204,8 +226,14 @@ class Pulls:
     # -- pull --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def join(self, resolved: Resolved, selection: Selection) -> Iterator[Pull]:
-        """The pull of a model, started if none is under way; wait for it inside the block."""
+    def join(
+        self, resolved: Resolved, selection: Selection, holder: str | None = None
+    ) -> Iterator[Pull]:
+        """The pull of a model, started if none is under way; wait for it inside the block.
+
+        With nobody in such a block the pull stops after its grace period. A ``holder`` that leaves
+        is taken to come again, as kubelet does, and holds the pull meanwhile; see :meth:`release`.
+        """
         key = (resolved.model.digest, selection.key)
         pull = self._pulls.get(key)
         if pull is None or pull.scope.cancel_called or pull.finished.is_set():
@@ -213,15 +241,30 @@ class Pulls:
             self._pulls[key] = pull
             name = f"pull {resolved.model.digest.short}"
             self._nursery.start_soon(self._run, pull, key, name=name)
+        pull.renew(resolved)
         pull.waiters += 1
-        # somebody is here again: the grace period, if it runs, is over
-        pull.scope.deadline = float("inf")
+        self._set_deadline(pull)
         try:
             yield pull
         finally:
             pull.waiters -= 1
-            if pull.waiters == 0 and not pull.finished.is_set():
-                pull.scope.deadline = trio.current_time() + self._settings.grace
+            pull.left = trio.current_time()
+            if holder is not None:
+                pull.holders[holder] = pull.left + self._settings.hold
+            self._set_deadline(pull)
+
+    def release(self, holder: str) -> None:
+        """``holder`` does not come again: pulls that nobody else wants end with their grace."""
+        for pull in self._pulls.values():
+            if pull.holders.pop(holder, None) is not None:
+                self._set_deadline(pull)
+
+    def _set_deadline(self, pull: Pull) -> None:
+        """Let the pull run as long as somebody waits, else as long as anybody may come again."""
+        if pull.waiters:
+            pull.scope.deadline = math.inf
+        else:
+            pull.scope.deadline = max(pull.left + self._settings.grace, *pull.holders.values(), 0.0)
 
     def running(self) -> list[Pull]:
         """The pulls that are under way."""
@@ -301,8 +344,7 @@ class Pulls:
 
     async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
         digest = layer.descriptor.digest
-        source = Source(pull.resolved.reference, pull.resolved.keychain)
-        with self._jobs.join(layer.descriptor, source) as job:
+        with self._jobs.join(layer, pull.source) as job:
             pull.jobs[digest] = job
             await job.wait()
             if layer.packing is not Packing.RAW:

@@ -157,7 +157,10 @@ class PartialBlob:
         """Bytes in every chunk but the last."""
         return self._chunks.chunk_size
 
-    def sync(self, _: threading.Event) -> None:
+    def checkpoint(self, _: threading.Event) -> None:
+        """Put on the disk what is there, so that a power loss does not take it."""
+
+    def finish(self, _: threading.Event) -> None:
         """Wait until the data and the name are on the disk. Raises :class:`ModelError`."""
         try:
             os.fsync(self._file)

@@ -98,8 +98,13 @@ class Store:
             self.catalog.remove_blob(blob.digest)
         return there
 
-    def open_partial(self, blob: Descriptor) -> PartialBlob:
+    def has_bytes(self, layer: Layer) -> bool:
+        """Whether the bytes of a layer's blob are all here, verified."""
+        return self.has_blob(layer.descriptor)
+
+    def open_partial(self, layer: Layer) -> PartialBlob:
         """Open what is there of an incomplete blob, to fill it. Raises :class:`ModelError`."""
+        blob = layer.descriptor
         path = self.blob_path(blob.digest)
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -119,8 +124,9 @@ class Store:
             return blob.size
         return max(blob.size - taken, 0)
 
-    def complete_blob(self, blob: Descriptor) -> None:
+    def complete_blob(self, layer: Layer) -> None:
         """Record a blob that was verified and synchronised, and drop its chunk map."""
+        blob = layer.descriptor
         self.catalog.add_blob(blob.digest, blob.size)
         self._chunks_path(blob.digest).unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from fetcher.credentials import Anonymous, Keychain, VolumeSecrets
+from fetcher.download import DownloadSettings
 from fetcher.errors import (
     DigestMismatch,
     InvalidArtifact,
@@ -20,7 +21,7 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
-from fetcher.jobs import Jobs, JobSettings
+from fetcher.jobs import Jobs
 from fetcher.modelpack import Kind, Packing, Selection, layer_type
 from fetcher.oci import Digest, Reference
 from fetcher.policy import PullPolicy
@@ -42,7 +43,7 @@ CHUNK = 64 * 1024
 EVERYTHING = Selection()
 DEFAULT = PullSettings()
 NOBODY = Anonymous()
-QUICK = JobSettings(
+QUICK = DownloadSettings(
     first_backoff=0.01, longest_backoff=0.05, transfer=TransferSettings(stall_timeout=5)
 )
 
@@ -315,6 +316,32 @@ def test_nobody_waiting_stops_a_pull_after_the_grace_period(
         assert pulls.running() == []
 
     in_node(tmp_path / "root", work, PullSettings(grace=0.3))
+
+
+def test_who_is_to_come_again_holds_a_pull_until_it_is_released(
+    tmp_path: Path, registry: RegistryServer, proxy: Proxy
+) -> None:
+    builder, _ = weights(64 * CHUNK)
+    push(registry, builder, "held")
+    proxy.faults = Faults(bytes_per_second=8 * CHUNK)
+
+    async def work(pulls: Pulls, store: Store) -> None:
+        reference = Reference.parse(f"{proxy.address}/held:v1")
+        resolved = await pulls.resolve(reference, Anonymous(), PullPolicy.ALWAYS)
+        with pulls.join(resolved, EVERYTHING, "first") as joined:
+            await arrived(joined, CHUNK)
+        with pulls.join(resolved, EVERYTHING, "second"):
+            pass
+        pulls.release("first")
+        # far beyond the grace period: a volume is between two of its calls
+        await arrived(joined, joined.progress().done + 4 * CHUNK)
+        assert not joined.finished.is_set()
+        pulls.release("second")
+        await joined.finished.wait()
+        assert joined.tree is None
+        pulls.release("second")
+
+    in_node(tmp_path / "root", work, PullSettings(grace=0.05))
 
 
 def test_a_selection_fetches_only_what_it_shows(

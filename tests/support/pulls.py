@@ -45,6 +45,7 @@ class HandMadePulls:
         self.asked: list[Reference] = []
         self.joined = 0
         self.waiting = 0
+        self.holders: set[str] = set()
 
     def hold(self) -> None:
         """Let downloads hang until ``arrived`` is set again."""
@@ -80,13 +81,20 @@ class HandMadePulls:
         raise NotFound(f"{reference}: the registry does not have it")
 
     @contextmanager
-    def join(self, resolved: Resolved, selection: Selection) -> Iterator[HandMadePull]:
+    def join(
+        self, resolved: Resolved, selection: Selection, holder: str | None = None
+    ) -> Iterator[HandMadePull]:
         self.joined += 1
         self.waiting += 1
         try:
             yield HandMadePull(self, resolved, selection)
         finally:
             self.waiting -= 1
+            if holder is not None:
+                self.holders.add(holder)
+
+    def release(self, holder: str) -> None:
+        self.holders.discard(holder)
 
 
 class HandMadePull:
