@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from fetcher.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 
@@ -86,11 +86,24 @@ def shows_below(table: Sequence[Mount], mount: Mount, folder: Path) -> bool:
     Decided by file system and path within it, so it holds for a mount whose source was deleted and
     for one that an earlier process made.
     """
+    return any(shown_below(table, folder, (mount,)))
+
+
+def shown_below(
+    table: Sequence[Mount], folder: Path, mounts: Sequence[Mount] | None = None
+) -> Iterator[tuple[Mount, PurePosixPath]]:
+    """Those of ``mounts`` (all, unless given) that show something below ``folder``, and what.
+
+    What is shown is a path relative to ``folder``. See :func:`shows_below`.
+    """
     holder = _holding(table, folder)
-    if holder is None or holder.device != mount.device:
-        return False
+    if holder is None:
+        return
     inside = PurePosixPath(holder.root) / folder.relative_to(holder.mountpoint)
-    return inside in PurePosixPath(mount.root.removesuffix(_DELETED)).parents
+    for mount in table if mounts is None else mounts:
+        shown = PurePosixPath(mount.root.removesuffix(_DELETED))
+        if mount.device == holder.device and inside in shown.parents:
+            yield mount, shown.relative_to(inside)
 
 
 def _holding(table: Sequence[Mount], path: Path) -> Mount | None:

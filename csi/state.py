@@ -107,6 +107,16 @@ class VolumeRecords:
         """Every record that can be read; one that cannot is logged and left out."""
         return self._select("ORDER BY created, volume_id, target")
 
+    def pins(self) -> set[tuple[str, str]]:
+        """Model and selection of every record, also of those that cannot be read otherwise."""
+        try:
+            rows = self._database.connection.execute(
+                "SELECT DISTINCT model, selection FROM volumes"
+            )
+            return {(str(model), str(selection)) for model, selection in rows}
+        except sqlite3.Error as error:
+            raise _unreadable(error) from error
+
     def save(self, record: VolumeRecord) -> None:
         """Write a record, in place of the one of the same volume and target."""
         with self._database.transaction() as connection:
@@ -145,8 +155,12 @@ class VolumeRecords:
                 values,
             ).fetchall()
         except sqlite3.Error as error:
-            raise ModelError(f"the records of volumes cannot be read: {error}") from error
+            raise _unreadable(error) from error
         return [record for row in rows if (record := _read(row)) is not None]
+
+
+def _unreadable(error: sqlite3.Error) -> ModelError:
+    return ModelError(f"the records of volumes cannot be read: {error}")
 
 
 def _read(row: Sequence[object]) -> VolumeRecord | None:
