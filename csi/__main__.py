@@ -22,6 +22,7 @@ from csi.volumes import Volumes
 from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.download import DownloadSettings
 from fetcher.jobs import Jobs
+from fetcher.policy import ReferencePolicy
 from fetcher.pull import Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.store import Store
@@ -66,8 +67,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
         async with open_registry(config) as registry, trio.open_nursery() as downloads:
             jobs = Jobs(store, registry, download_settings(config), downloads)
             closing.callback(jobs.close)
-            settings = PullSettings(unpacked_ratio=config.max_unpacked_ratio)
-            pulls = Pulls(store, registry, jobs, settings, downloads)
+            pulls = Pulls(store, registry, jobs, pull_settings(config), downloads)
             volumes = Volumes(VolumeRecords(store.database), pulls, store.models_folder)
             keychain = node_keychain(config)
             calls = AgentCalls(
@@ -120,6 +120,17 @@ def download_settings(config: Config) -> DownloadSettings:
     transfer = TransferSettings(stall_timeout=config.stall_timeout, user_agent=USER_AGENT)
     connections = min(config.connections, len(os.sched_getaffinity(0)) + 1)
     return DownloadSettings(connections=connections, transfer=transfer)
+
+
+def pull_settings(config: Config) -> PullSettings:
+    """How models are pulled, and which may be."""
+    return PullSettings(
+        grace=config.pull_grace,
+        unpacked_ratio=config.max_unpacked_ratio,
+        references=ReferencePolicy.parse(
+            config.allowed_models, require_digest=config.require_digest
+        ),
+    )
 
 
 def node_keychain(config: Config) -> Keychain:

@@ -111,6 +111,25 @@ class Config:
     max_unpacked_ratio: Annotated[
         int, Rule("how many times its size a compressed layer may unpack to", values.check_ratio)
     ] = 100
+    pull_grace: Annotated[
+        float,
+        Rule(
+            "seconds for which a download goes on that nobody waits for any more",
+            values.check_pull_grace,
+            values.parse_duration,
+        ),
+    ] = 60.0
+    allowed_models: Annotated[
+        tuple[str, ...],
+        Rule(
+            "registries and repositories that models may come from, such as ghcr.io/acme/*",
+            values.check_models,
+            values.parse_names,
+        ),
+    ] = ()
+    require_digest: Annotated[
+        bool, Rule("whether references have to name a digest, and tags alone are refused")
+    ] = False
     plain_http: Annotated[
         tuple[str, ...],
         Rule(

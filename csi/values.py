@@ -11,6 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fetcher.errors import InvalidRequest
+from fetcher.policy import ModelPattern
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -109,6 +112,19 @@ def check_stall_timeout(seconds: float) -> str | None:
 
 def check_deadline_margin(seconds: float) -> str | None:
     return None if 0.1 <= seconds <= 60 else "expected 100ms to 60s"
+
+
+def check_pull_grace(seconds: float) -> str | None:
+    return None if 0 <= seconds <= 86400 else "expected 0s to 24h"
+
+
+def check_models(patterns: tuple[str, ...]) -> str | None:
+    try:
+        for pattern in patterns:
+            ModelPattern.parse(pattern)
+    except InvalidRequest as error:
+        return error.message
+    return None
 
 
 def check_ratio(ratio: int) -> str | None:

@@ -63,6 +63,9 @@ UNDO_TIMEOUT: Final = 15.0
 class PullService(Protocol):
     """What is needed of :class:`fetcher.pull.Pulls`."""
 
+    def check(self, reference: Reference) -> None:
+        """Raise :class:`AccessDenied` for a reference that the node's policy does not allow."""
+
     async def resolve(
         self, reference: Reference, keychain: Keychain, policy: PullPolicy
     ) -> Resolved:
@@ -185,6 +188,8 @@ class Volumes:
     async def _resolve(self, request: PublishRequest, previous: VolumeRecord | None) -> Resolved:
         """What the volume shows: what an earlier call resolved, though the tag moved since."""
         attributes = request.attributes
+        # as the volume names it: what an earlier call made of it has a digest whatever the policy
+        self._pulls.check(attributes.reference)
         pinned = _pinned(attributes.reference, previous)
         if pinned is not None:
             try:

@@ -21,7 +21,7 @@ import trio
 
 from fetcher.credential_helper import ask_helper
 from fetcher.errors import InvalidRequest
-from fetcher.oci import DOCKER_HUB
+from fetcher.oci import HUB_HOSTS
 
 if TYPE_CHECKING:
     import os
@@ -37,7 +37,6 @@ MAX_CONFIG_BYTES: Final = 1024 * 1024
 """What Kubernetes allows a secret to have; a node's file is held to the same."""
 
 _HUB_SERVER: Final = "https://index.docker.io/v1/"
-_HUB_HOSTS: Final = frozenset({DOCKER_HUB, "index.docker.io", "registry-1.docker.io"})
 _TOKEN_USER: Final = "<token>"  # noqa: S105 -- the user name that stands for "this is a token"
 
 
@@ -246,7 +245,7 @@ def _normal_key(key: str) -> tuple[str, str]:
 
 
 def _host_matches(pattern: str, registry: str) -> bool:
-    if pattern in _HUB_HOSTS and registry in _HUB_HOSTS:
+    if pattern in HUB_HOSTS and registry in HUB_HOSTS:
         return True
     pattern_name, pattern_port = _split_port(pattern)
     name, port = _split_port(registry.lower())
@@ -276,7 +275,7 @@ def _literal_characters(pattern: str) -> int:
 
 
 def _same_registry(one: str, other: str) -> bool:
-    return one.lower() == other.lower() or {one, other} <= _HUB_HOSTS
+    return one.lower() == other.lower() or {one, other} <= HUB_HOSTS
 
 
 class _AuthDocument(msgspec.Struct):
@@ -367,7 +366,7 @@ def _read_bounded(path: Path) -> bytes:
 
 
 async def _from_helper(helper: str, registry: str) -> Credentials | None:
-    answer = await ask_helper(helper, _HUB_SERVER if registry in _HUB_HOSTS else registry)
+    answer = await ask_helper(helper, _HUB_SERVER if registry in HUB_HOSTS else registry)
     if answer is None:
         return None
     username, secret = answer

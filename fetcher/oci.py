@@ -110,6 +110,8 @@ _TAG: Final = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _SCHEME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 DOCKER_HUB: Final = "docker.io"
+HUB_HOSTS: Final = frozenset({DOCKER_HUB, "index.docker.io", "registry-1.docker.io"})
+"""The names that mean Docker Hub."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from fetcher.errors import (
     Unavailable,
 )
 from fetcher.modelpack import Packing, read_model
-from fetcher.policy import PullPolicy
+from fetcher.policy import PullPolicy, ReferencePolicy
 from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ class PullSettings:
     """Blobs of one model that are fetched at one time."""
     unpacked_ratio: int = 100
     """How many times its own size a compressed layer may unpack to."""
+    proof: float = 10.0
+    """Seconds in which a registry that could be done without has to give its word."""
+    references: ReferencePolicy = field(default_factory=ReferencePolicy)
+    """What may be pulled at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +163,16 @@ class Pulls:
         self._settings = settings
         self._nursery = nursery
         self._pulls: dict[tuple[Digest, str], Pull] = {}
-        self._unpacking: weakref.WeakValueDictionary[Digest, trio.Lock] = (
+        self._laying_out: weakref.WeakValueDictionary[Digest, trio.Lock] = (
             weakref.WeakValueDictionary()
         )
         self._salt = store.catalog.salt()
 
     # -- resolve -----------------------------------------------------------------------------------
+
+    def check(self, reference: Reference) -> None:
+        """Raise :class:`AccessDenied` for a reference that the node's policy does not allow."""
+        self._settings.references.check(reference)
 
     async def resolve(
         self, reference: Reference, keychain: Keychain, policy: PullPolicy
@@ -172,14 +180,20 @@ class Pulls:
         """The model that ``reference`` names, proven to be readable with ``keychain``.
 
         Asks the registry as ``policy`` says. Without its word, a model is given only if the
-        registry gave this very digest to these same credentials before. Raises :class:`ModelError`.
+        registry gave this very digest to these same credentials before. Where it could be given, a
+        registry that does not answer costs a bounded time. Raises :class:`ModelError`, for a
+        reference that :meth:`check` refuses before anybody is asked.
         """
+        self.check(reference)
         credentials = await keychain.lookup(reference.registry, reference.repository)
         proof = await fingerprint(credentials, self._salt)
         if policy is PullPolicy.NEVER:
             return self._recall(reference, keychain, proof, None)
+        patience = math.inf
+        if policy is PullPolicy.IF_NOT_PRESENT and self._known(reference, proof) is not None:
+            patience = self._settings.proof
         try:
-            manifest, top = await self._ask(reference, keychain)
+            manifest, top = await self._ask(reference, keychain, patience)
         except (Unauthenticated, AccessDenied):
             if reference.digest is not None:
                 self._store.catalog.remove_access(reference, reference.digest, proof)
@@ -193,13 +207,21 @@ class Pulls:
         self._store.catalog.add_resolution(reference, top, manifest, proof)
         return Resolved(reference.with_digest(top), model, keychain)
 
-    async def _ask(self, reference: Reference, keychain: Keychain) -> tuple[Manifest, Digest]:
+    async def _ask(
+        self, reference: Reference, keychain: Keychain, patience: float
+    ) -> tuple[Manifest, Digest]:
         """The model's manifest, and what the registry names for the reference.
 
         A manifest that was seen before is not sent again: that the registry names its digest to
-        these credentials is the proof that is needed.
+        these credentials is the proof that is needed. Raises :class:`Unavailable` where it is not
+        named within ``patience`` seconds.
         """
-        top = await self._registry.head_manifest(reference, keychain)
+        with trio.move_on_after(patience) as waiting:
+            top = await self._registry.head_manifest(reference, keychain)
+        if waiting.cancelled_caught:
+            raise Unavailable(
+                f"{reference.registry} gave no answer about {reference} in {patience:g} s"
+            )
         if reference.digest is not None and top != reference.digest:
             raise Unavailable(f"the registry answered for {reference} with another digest, {top}")
         known = self._store.catalog.manifest(top)
@@ -210,11 +232,10 @@ class Pulls:
     def _recall(
         self, reference: Reference, keychain: Keychain, proof: str, error: Unavailable | None
     ) -> Resolved:
-        catalog = self._store.catalog
-        digest = reference.digest or catalog.resolved(reference)
-        manifest = catalog.manifest(digest) if digest is not None else None
-        if digest is not None and manifest and catalog.accepted(reference, digest, proof):
-            return Resolved(reference.with_digest(digest), read_model(manifest), keychain)
+        known = self._known(reference, proof)
+        if known is not None:
+            manifest, top = known
+            return Resolved(reference.with_digest(top), read_model(manifest), keychain)
         if error is not None:
             raise error
         raise NotFound(
@@ -222,6 +243,15 @@ class Pulls:
             "pull it first, or choose another policy",
             reference=reference,
         )
+
+    def _known(self, reference: Reference, proof: str) -> tuple[Manifest, Digest] | None:
+        """What the store can say of a reference to credentials that were accepted for it before."""
+        catalog = self._store.catalog
+        digest = reference.digest or catalog.resolved(reference)
+        manifest = catalog.manifest(digest) if digest is not None else None
+        if digest is None or manifest is None or not catalog.accepted(reference, digest, proof):
+            return None
+        return manifest, digest
 
     # -- pull --------------------------------------------------------------------------------------
 
@@ -347,15 +377,16 @@ class Pulls:
         with self._jobs.join(layer, pull.source) as job:
             pull.jobs[digest] = job
             await job.wait()
-            if layer.packing is not Packing.RAW:
+            if not self._store.has_content(layer):
                 # another selection of this model may be at the same layer
-                async with self._unpacking.setdefault(digest, trio.Lock()):
-                    await self._unpack(layer)
+                async with self._laying_out.setdefault(digest, trio.Lock()):
+                    await self._lay_out(layer)
         pull.complete.add(digest)
 
-    async def _unpack(self, layer: Layer) -> None:
-        if not self._store.has_unpacked(layer):
-            size = layer.descriptor.size
-            limits = UnpackLimits(max_bytes=size * self._settings.unpacked_ratio + 1024 * 1024)
-            await run_stoppable(lambda stop: self._store.unpack(layer, limits, stop))
-        self._store.drop_packed(layer)
+    async def _lay_out(self, layer: Layer) -> None:
+        if self._store.has_content(layer):
+            return
+        size = layer.descriptor.size
+        limits = UnpackLimits(max_bytes=size * self._settings.unpacked_ratio + 1024 * 1024)
+        await run_stoppable(lambda stop: self._store.lay_out(layer, limits, stop))
+        self._store.laid_out(layer)

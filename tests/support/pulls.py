@@ -14,6 +14,7 @@ import trio
 from fetcher.errors import AccessDenied, NotFound
 from fetcher.modelpack import Model
 from fetcher.oci import Descriptor, Digest
+from fetcher.policy import ReferencePolicy
 from fetcher.pull import Progress, Resolved
 from fetcher.store import ModelTree
 
@@ -42,6 +43,7 @@ class HandMadePulls:
         """Set: downloads are complete at once. :meth:`hold` makes them wait."""
         self.arrived.set()
         self.progress = Progress(42, 100)
+        self.policy = ReferencePolicy()
         self.asked: list[Reference] = []
         self.joined = 0
         self.waiting = 0
@@ -57,9 +59,13 @@ class HandMadePulls:
             while self.waiting < count:  # noqa: ASYNC110 (volumes have no event for it)
                 await trio.sleep(0.001)
 
+    def check(self, reference: Reference) -> None:
+        self.policy.check(reference)
+
     async def resolve(
         self, reference: Reference, keychain: Keychain, policy: PullPolicy
     ) -> Resolved:
+        self.check(reference)
         self.asked.append(reference)
         await keychain.lookup(reference.registry, reference.repository)
         await trio.lowlevel.checkpoint()
