@@ -15,6 +15,7 @@ from urllib.parse import urlencode, urlsplit
 
 from fetcher.addresses import check_host
 from fetcher.errors import AccessDenied, Unauthenticated
+from fetcher.trust import Trust
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -98,6 +99,8 @@ class Asked:
     """Whether they go over plain HTTP."""
     repository: str
     actions: str = "pull"
+    trust: Trust = field(default_factory=Trust, repr=False)
+    """What TLS with it goes by."""
 
     @property
     def scope(self) -> str:

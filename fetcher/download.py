@@ -1,13 +1,14 @@
-"""Fetching what a blob lacks: which range next, how many at once, and what to do when it fails.
+"""Fetching what a blob lacks: which range next, from where, and what to do when it fails.
 
-Ranges are fetched over several connections, each from the byte where it stopped. The first request
-of a blob is alone until a range was answered: a server that ignores ranges sends the whole blob,
-once.
+Ranges are fetched over several connections, each from the byte where it stopped, from whichever
+host :mod:`fetcher.sources` chooses. The first request of a blob to a host is alone until a range
+was answered: a server that ignores ranges sends the whole blob, once.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import random
 from dataclasses import dataclass, field
@@ -15,16 +16,25 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from fetcher.errors import AccessDenied, ModelError, Unauthenticated, Unavailable
+from fetcher.errors import (
+    AccessDenied,
+    InvalidRequest,
+    ModelError,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
 from fetcher.ranges import Range
+from fetcher.sources import BlobSources
 from fetcher.threads import run_stoppable
-from fetcher.transport import Connection, RangeIgnored, TransferSettings
+from fetcher.transport import Connection, Piece, RangeIgnored, TransferSettings, WrongAnswer
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
     from fetcher.credentials import Keychain
+    from fetcher.hosts import Host
     from fetcher.modelpack import Layer
     from fetcher.oci import Reference
     from fetcher.registry import Registry
@@ -98,141 +108,247 @@ class Download:
         self._registry = registry
         self._transfers = transfers
         self._settings = transfers.settings
+        self._sources = BlobSources(registry.health)
+        self._ranging: set[str] = set()
+        """Hosts that answered a range of this blob with that range."""
+        self._probe: trio.Event | None = None
+        """The end of the question for a host's first range, while one is asked."""
+        self._void = False
+        """A whole answer came: what is missing has to be looked up again."""
+        self._server: str | None = None
+        """The host that stands for the registry, once it was looked up."""
         self._failure: ModelError | None = None
-        self._ranges_ignored = False
-        self._answered = trio.Event()
-        """The first request was answered with a range: others may be made beside it."""
 
     async def fetch(self, partial: PartialBlob) -> None:
         """Fetch what is missing. Raises the :class:`ModelError` that ended it early."""
         self._failure = None
+        whole = _Tries()
+        while partial.missing():
+            turn = await self._turn(partial)
+            if turn.whole:
+                await self._fetch_whole(partial, turn, whole)
+            else:
+                await self._fetch_ranges(partial)
+            self._check_failure()
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def distrust(self) -> bool:
+        """The bytes of this download were wrong: whether other sources may send the right ones."""
+        now, registry = trio.current_time(), self._server
+        liars = self._sources.distrust(registry, now) if registry else []
+        if liars:
+            logger.warning(
+                "wrong bytes came for blob %s: %s are not asked for it any more, and for nothing "
+                "for some minutes",
+                self._blob.digest,
+                ", ".join(liars),
+            )
+        return bool(liars)
+
+    async def _fetch_ranges(self, partial: PartialBlob) -> None:
+        """Fetch what is missing in ranges, several at a time."""
+        self._void = False
         pieces = collections.deque(
             piece
             for missing in partial.missing()
             for piece in missing.split(_RANGE_CHUNKS * partial.chunk_size)
         )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._fetch_first, partial, pieces, nursery.cancel_scope)
-            await self._answered.wait()
-            for _ in range(min(len(pieces), self._settings.connections - 1)):
+            for _ in range(min(len(pieces), self._settings.connections)):
                 nursery.start_soon(self._fetch_pieces, partial, pieces, nursery.cancel_scope)
-        if self._ranges_ignored and self._failure is None:
-            await self._fetch_whole(partial)
-        if self._failure is not None:
-            raise self._failure
-
-    def distrust(self) -> bool:
-        """The bytes of this download were wrong: whether other sources may send the right ones."""
-        return False
-
-    async def _fetch_first(
-        self, partial: PartialBlob, pieces: collections.deque[Range], all_pieces: trio.CancelScope
-    ) -> None:
-        """Fetch alone until a range was answered: a server without ranges sends all at once."""
-        await self._fetch_pieces(partial, pieces, all_pieces)
-        self._answered.set()
 
     async def _fetch_pieces(
         self, partial: PartialBlob, pieces: collections.deque[Range], all_pieces: trio.CancelScope
     ) -> None:
         try:
             while pieces:
-                piece = pieces.popleft()
-                # a whole answer to the first piece has brought the others along
-                if not partial.covers(piece):
-                    await self._fetch(partial.sink(piece))
-        except RangeIgnored:
-            self._ranges_ignored = True
+                await self._fetch_piece(partial, pieces.popleft())
+        except _Replan:
             all_pieces.cancel()
         except ModelError as error:
             self._failure = self._failure or error
             all_pieces.cancel()
 
-    async def _fetch_whole(self, partial: PartialBlob) -> None:
+    async def _fetch_piece(self, partial: PartialBlob, piece: Range) -> None:
+        """Fetch ``piece``, again and again from where it stopped, from whoever has it."""
+        sink, tries = partial.sink(piece), _Tries()
+        while sink.remaining:
+            turn = await self._turn(partial)
+            if turn.whole or self._void:
+                raise _Replan
+            await self._try(sink, turn, tries)
+
+    async def _fetch_whole(self, partial: PartialBlob, turn: _Turn, tries: _Tries) -> None:
         """Take the whole blob in one answer, from a server that knows no ranges."""
         logger.info(
             "%s ignores ranges: blob %s comes over one connection",
-            self._wanted.source.reference.registry,
+            turn.host.netloc,
             self._blob.digest,
         )
-        failures = 0
-        while partial.missing():
-            before = partial.done
-            try:
-                # after a cut such a server starts at byte 0, and so does the sink
-                await self._ask(partial.sink(Range(0, self._blob.size)), renew=False)
-            except Unavailable as error:
-                failures = 1 if partial.done > before else failures + 1
-                if not await self._back_off(error, failures):
-                    self._failure = error
-                    return
-            except ModelError as error:
-                self._failure = error
-                return
+        try:
+            # after a cut such a server starts at byte 0, and so does the sink
+            await self._try(partial.sink(Range(0, self._blob.size)), turn, tries)
+        except ModelError as error:
+            self._failure = error
 
-    async def _fetch(self, sink: ChunkSink) -> None:
-        """Fetch what ``sink`` still wants, again and again from where it stopped."""
-        failures = 0
-        renew = False
-        while sink.remaining:
-            before = sink.remaining
-            try:
-                await self._ask(sink, renew=renew)
-            except (Unauthenticated, AccessDenied):
-                if renew and sink.remaining == before:
-                    raise
-                # tokens and signed addresses expire in mid-pull: ask for new ones, once
-                renew = True
-            except RangeIgnored:
-                raise
-            except Unavailable as error:
-                failures = 1 if sink.remaining != before else failures + 1
-                renew = False
-                if not await self._back_off(error, failures):
-                    raise
-
-    async def _ask(self, sink: ChunkSink, *, renew: bool) -> None:
-        source, blob = self._wanted.source, self._blob
-        access = await self._registry.blob_access(
-            source.reference, blob.digest, source.keychain, renew=renew
-        )
-        watched = sink if self._answered.is_set() else _Watched(sink, self._answered)
-        await self._transfers.run(
-            lambda connection, stop: connection.fetch(
-                access, blob.digest, blob.size, sink.remaining, watched, stop
+    async def _turn(self, partial: PartialBlob) -> _Turn:
+        """Whom to ask next; waits while the first answer of that host is to come."""
+        while True:
+            hosts = await self._registry.hosts(self._wanted.source.reference)
+            by_base = {one.base: one for one in (*hosts.able("pull"), hosts.server)}
+            self._server = hosts.server.base
+            begun = partial.done / max(self._blob.size, 1)
+            choice = self._sources.choose(
+                [base for base in by_base if base != self._server],
+                self._server,
+                trio.current_time(),
+                begun,
             )
-        )
+            if choice.wait:
+                await trio.sleep(choice.wait)
+                continue
+            host = by_base[choice.host]
+            if choice.whole or host.base in self._ranging:
+                return _Turn(host, whole=choice.whole)
+            if self._probe is None:
+                # no checkpoint from here to where the probe is set: one is enough
+                return _Turn(host)
+            await self._probe.wait()
 
-    async def _back_off(self, error: Unavailable, failures: int) -> bool:
-        """Wait before another try; false when there have been enough."""
+    async def _try(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> None:
+        """One request to the host whose turn it is. Raises what ends the download.
+
+        A mirror's failure is none: the next turn is another's. The registry's own is waited out as
+        often as the settings say.
+        """
+        host, before, started = turn.host, sink.remaining, trio.current_time()
+        renew, tries.renew = tries.renew == host.base, None
+        try:
+            await self._ask(sink, turn, renew=renew)
+            self._registry.health.succeeded(host.base)
+        except RangeIgnored:
+            self._registry.health.ignored_range(host.base, trio.current_time())
+        except (Unauthenticated, AccessDenied, NotFound, WrongAnswer, InvalidRequest) as error:
+            refused = isinstance(error, Unauthenticated | AccessDenied)
+            if refused and not (renew and sink.remaining == before):
+                # tokens expire in mid-pull: ask for a new one, once
+                tries.renew = host.base
+            elif host.mirror:
+                logger.info("%s; asking another host", error.message)
+                self._sources.lacks(host.base)
+            else:
+                await self._endure(error, sink.remaining != before, tries)
+        except Unavailable as error:
+            if host.mirror:
+                self._rest(host, error, started)
+            else:
+                await self._endure(error, sink.remaining != before, tries)
+        finally:
+            if sink.remaining != before:
+                self._sources.brought(host.base)
+
+    def _rest(self, host: Host, error: Unavailable, started: float) -> None:
+        """Let a mirror that failed be for a while."""
+        now = trio.current_time()
+        seconds = self._registry.health.failed(host.base, now, started, error.retry_after)
+        logger.info("%s; not asked again for %.0f s", error.message, seconds)
+
+    async def _ask(self, sink: ChunkSink, turn: _Turn, *, renew: bool) -> None:
+        source, blob, host = self._wanted.source, self._blob, turn.host
+        probe = None
+        if not turn.whole and host.base not in self._ranging:
+            ended = self._probe = trio.Event()
+            # with no other request under way, the whole of a blob is as good as its first range
+            answered = functools.partial(self._ranges, host.base, ended)
+            probe = _Probe(sink, ended, not self._ranging, answered)
+        try:
+            access = await self._registry.blob_access(
+                source.reference, blob.digest, source.keychain, host=host, renew=renew
+            )
+            piece = Piece(blob.digest, blob.size, sink.remaining, ranged=not turn.whole)
+            await self._transfers.run(
+                lambda connection, stop: connection.fetch(access, piece, probe or sink, stop)
+            )
+        finally:
+            if probe is not None:
+                if probe.took_whole:
+                    self._void = True
+                    self._registry.health.ignored_range(host.base, trio.current_time())
+                self._end_probe(probe.ended)
+
+    def _ranges(self, host: str, probe: trio.Event) -> None:
+        """A range has arrived: more of them may be asked for at the same time."""
+        self._ranging.add(host)
+        self._end_probe(probe)
+
+    def _end_probe(self, probe: trio.Event) -> None:
+        probe.set()
+        if self._probe is probe:
+            self._probe = None
+
+    async def _endure(self, error: ModelError, progress: bool, tries: _Tries) -> None:
+        """Wait before the registry is asked again; raises ``error`` when it has been enough."""
         settings = self._settings
-        if failures >= settings.attempts:
-            return False
-        pause = min(settings.first_backoff * 2 ** (failures - 1), settings.longest_backoff)
+        tries.failures = 1 if progress else tries.failures + 1
+        if not isinstance(error, Unavailable) or tries.failures >= settings.attempts:
+            raise error
+        pause = min(settings.first_backoff * 2 ** (tries.failures - 1), settings.longest_backoff)
         pause *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
         if error.retry_after is not None:
             pause = max(pause, min(error.retry_after, settings.longest_retry_after))
         logger.info("%s; trying again in %.1f s", error.message, pause)
         await trio.sleep(pause)
-        return True
 
 
-class _Watched:
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Who is asked, and whether for the whole blob."""
+
+    host: Host
+    whole: bool = False
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What went before, on the way to one piece."""
+
+    failures: int = 0
+    """Of the registry, in a row, without a byte between them."""
+    renew: str | None = None
+    """The host that refused us, and is to be asked whether it still does."""
+
+
+class _Replan(Exception):
+    """Ranges are of no use any more, with who is left to ask."""
+
+
+class _Probe:
     """A sink that tells the trio thread when the first bytes of a range arrive."""
 
-    def __init__(self, sink: ChunkSink, answered: trio.Event) -> None:
+    def __init__(
+        self, sink: ChunkSink, ended: trio.Event, alone: bool, answered: Callable[[], None]
+    ) -> None:
+        """``answered`` is called once, in the trio thread; ``alone`` says that nobody else writes
+        to the blob meanwhile.
+        """
+        self.ended = ended
         self._sink = sink
+        self._alone = alone
         self._answered = answered
         self._token = trio.lowlevel.current_trio_token()
-        self._telling = True
+        self.took_whole = False
+        self._told = False
 
     def whole(self) -> bool:
         # no range: what follows comes over this connection alone
-        self._telling = False
-        return self._sink.whole()
+        self.took_whole = self._alone and self._sink.whole()
+        return self.took_whole
 
     def __call__(self, data: bytes) -> bool:
-        if self._telling:
-            self._telling = False
-            self._token.run_sync_soon(self._answered.set)
+        if not self.took_whole and not self._told:
+            self._told = True
+            self._token.run_sync_soon(self._answered)
         return self._sink(data)

@@ -8,33 +8,30 @@ Requests are RFC 9110; nothing that a message or a log shows has a query or a he
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import http.cookiejar
 import logging
 import random
-import ssl
-import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
-from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpx
 import trio
 
-from fetcher.addresses import check_host, guard, is_loopback
-from fetcher.errors import AccessDenied, InvalidArtifact, InvalidRequest, ModelError, Unavailable
-from fetcher.network_errors import explain_failure
+from fetcher.addresses import check_host, guard, is_loopback, is_named, name_of
+from fetcher.errors import InvalidArtifact, ModelError, Unavailable
+from fetcher.network_errors import explain_failure, retry_after
 from fetcher.oci import DOCKER_HUB
+from fetcher.proxies import Proxies
+from fetcher.routes import MAX_REDIRECTS, REDIRECTS, Hop, Route
+from fetcher.trust import Trust, trusting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 log: Final = logging.getLogger(__name__)
 
 MAX_ERROR_BODY: Final = 16 * 1024
-_MAX_REDIRECTS: Final = 5
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _AGAIN: Final = frozenset({408, 429, 500, 502, 503, 504})
 _HUB_ENDPOINT: Final = "registry-1.docker.io"
 
@@ -51,6 +48,9 @@ class RegistrySettings:
     """Registries with TLS whose certificate is not verified."""
     ca_file: Path | None = None
     """Certificate authorities in PEM, trusted besides those of the system."""
+    hosts_dir: Path | None = None
+    """Where containerd's ``hosts.toml`` folders lie; see :mod:`fetcher.hosts`."""
+    proxies: Proxies = field(default_factory=Proxies)
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
     """How long a connection may stay silent."""
@@ -78,36 +78,49 @@ class Endpoint:
         return f"{'http' if self.plain else 'https'}://{self.host}"
 
 
+def endpoint_host(registry: str) -> str:
+    """Host and port to which requests for a registry go by themselves."""
+    return _HUB_ENDPOINT if registry == DOCKER_HUB else registry
+
+
 def endpoint(registry: str, settings: RegistrySettings) -> Endpoint:
     """The endpoint of a registry as a reference names it."""
-    host = _HUB_ENDPOINT if registry == DOCKER_HUB else registry
-    if _named(host, settings.insecure):
+    host = endpoint_host(registry)
+    if is_named(host, settings.insecure):
         return Endpoint(host, plain=False, verify=False)
-    local = is_loopback(_name(host)) and not _named(host, settings.https)
-    return Endpoint(host, plain=local or _named(host, settings.plain_http), verify=True)
+    local = is_loopback(name_of(host)) and not is_named(host, settings.https)
+    return Endpoint(host, plain=local or is_named(host, settings.plain_http), verify=True)
 
 
-def _named(host: str, names: tuple[str, ...]) -> bool:
-    return host in names or _name(host) in names
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long one question may be asked for. Times are seconds."""
 
-
-def _name(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or host
+    connect_timeout: float
+    stall_timeout: float
+    attempts: int
+    retry_seconds: float
+    """No attempt starts later than this after the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request. ``registry`` is who is asked, as people know it, and ``asked_host`` where."""
+    """One request."""
 
-    registry: str
-    asked_host: str
     method: str
-    url: str = field(repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    hop: Hop
+    route: Route
     content: bytes | None = field(default=None, repr=False)
     max_bytes: int = MAX_ERROR_BODY
     follow: bool = True
     """Whether redirects are followed; a redirect is the answer otherwise."""
+    patience: Patience | None = None
+    """What the settings say, unless given."""
+
+    @property
+    def who(self) -> str:
+        """Who is asked, as people know it."""
+        return self.route.who
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,120 +152,96 @@ class Exchange:
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
         self.settings = settings
-        self._trust = {True: trusting(settings.ca_file), False: _trusting_anybody()}
-        self._clients: dict[tuple[bool, bool], httpx.AsyncClient] = {}
+        # a file that cannot be used is an error of the configuration, and not of the first pod
+        self._proxy_trust = trusting(settings.ca_file)
+        self._patience = Patience(
+            settings.connect_timeout,
+            settings.stall_timeout,
+            settings.attempts,
+            settings.retry_seconds,
+        )
+        self._clients: dict[_ClientKey, tuple[tuple[int, ...], httpx.AsyncClient]] = {}
+        self._retired: list[httpx.AsyncClient] = []
         self._jitter = random.SystemRandom()
 
     async def aclose(self) -> None:
         """Close all connections. Nothing can be asked afterwards."""
-        clients, self._clients = list(self._clients.values()), {}
+        clients = [client for _, client in self._clients.values()] + self._retired
+        self._clients, self._retired = {}, []
         for client in clients:
             await client.aclose()
 
     async def ask(self, question: Question) -> Answer:
-        """The answer, after as many attempts as the settings allow.
+        """The answer, after as many attempts as its patience allows.
 
         Raises :class:`Unavailable` when there is none, :class:`AccessDenied` for an address that
         is never gone to, and :class:`InvalidArtifact` for a body of more than ``max_bytes``.
         """
-        check_host(_name(question.asked_host))
+        check_host(name_of(question.route.asked_host))
+        patience = question.patience or self._patience
         started, attempt = trio.current_time(), 0
         while True:
             attempt += 1
-            failure, pause = await self._attempt(question)
+            failure, pause = await self._attempt(question, patience)
             if isinstance(failure, Answer):
                 return failure
             wait = pause if pause is not None else self._back_off(attempt)
-            late = trio.current_time() + wait - started > self.settings.retry_seconds
-            if attempt >= self.settings.attempts or late:
+            late = trio.current_time() + wait - started > patience.retry_seconds
+            if attempt >= patience.attempts or late:
                 raise type(failure)(_after(failure.message, attempt), **failure.context) from (
                     failure.__cause__
                 )
             log.info("%s; trying again in %.1f s", failure.message, wait)
             await trio.sleep(wait)
 
-    async def _attempt(self, question: Question) -> tuple[Answer | ModelError, float | None]:
+    async def _attempt(
+        self, question: Question, patience: Patience
+    ) -> tuple[Answer | ModelError, float | None]:
         """An answer, or a failure that may pass and for how long to wait, if the other side said.
 
         Failures that will not pass are raised.
         """
         try:
-            answer = await self._follow(question)
+            answer = await self._follow(question, patience)
         except _Passing as passing:
             return passing.error, None
         if answer.status not in _AGAIN:
             return answer, None
         reason = "asks to slow down" if answer.status == 429 else "has an internal problem"
         failure = Unavailable(
-            f"{question.registry} {reason} (HTTP status {answer.status})",
-            registry=question.registry,
+            f"{question.who} {reason} (HTTP status {answer.status})", registry=question.who
         )
-        return failure, self._retry_after(answer)
+        pause = retry_after(answer.headers.get("retry-after", ""))
+        return failure, None if pause is None else min(pause, self.settings.max_retry_after)
 
     def _back_off(self, attempt: int) -> float:
         longest = min(10.0, 0.5 * 2.0 ** (attempt - 1))
         return self._jitter.uniform(longest / 2, longest)
 
-    def _retry_after(self, answer: Answer) -> float | None:
-        text: str = answer.headers.get("retry-after", "").strip()
-        if text.isascii() and text.isdigit():
-            seconds = float(text[:9])
-        else:
-            try:
-                seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-            except (ValueError, OverflowError):
-                return None
-        return min(max(seconds, 0.0), self.settings.max_retry_after)
-
-    async def _follow(self, question: Question) -> Answer:
+    async def _follow(self, question: Question, patience: Patience) -> Answer:
         current = question
-        for _ in range(_MAX_REDIRECTS + 1):
-            answer = await self._send(current)
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await self._send(current, patience)
             location: str | None = answer.headers.get("location")
-            if not question.follow or answer.status not in _REDIRECTS or not location:
+            if not question.follow or answer.status not in REDIRECTS or not location:
                 return answer
-            current = self._redirected(current, location)
+            current = replace(current, hop=current.route.follow(current.hop, location))
         raise Unavailable(
-            f"{question.registry} redirects more than {_MAX_REDIRECTS} times",
-            registry=question.registry,
+            f"{question.who} redirects more than {MAX_REDIRECTS} times", registry=question.who
         )
 
-    def _redirected(self, question: Question, location: str) -> Question:
-        """The question at its new place: without what is secret, where that is another host."""
-        target = joined(question.url, location)
-        host = target.hostname
-        if not host or target.scheme not in ("http", "https") or target.username is not None:
-            raise AccessDenied(
-                f"{question.registry} redirects to something that is not a plain web address",
-                registry=question.registry,
-            )
-        before = urlsplit(question.url)
-        downgrade = before.scheme == "https" and target.scheme == "http"
-        if downgrade and not _named(target.netloc, self.settings.plain_http):
-            raise AccessDenied(
-                f"{question.registry} redirects to http://{host}, unencrypted: refused",
-                registry=question.registry,
-            )
-        check_host(host, asked_by=_name(question.asked_host))
-        kept = question.headers
-        if _origin(target) != _origin(before):
-            kept = {key: value for key, value in kept.items() if key.lower() != "authorization"}
-        return replace(question, url=target.geturl(), headers=kept)
-
-    async def _send(self, question: Question) -> Answer:
+    async def _send(self, question: Question, patience: Patience) -> Answer:
         """One request, one answer. Raises :class:`_Passing` for what another attempt may cure."""
-        target = urlsplit(question.url)
-        host = target.netloc
+        host = question.hop.host
         with trio.move_on_after(self.settings.answer_timeout):
             try:
-                return await self._stream(question, target)
+                return await self._stream(question, patience)
             except ModelError:
                 raise
             except (httpx.InvalidURL, UnicodeError) as error:
                 # a label of a name that DNS has no room for is a UnicodeError, from the socket
                 raise Unavailable(
-                    f"{question.registry} leads to something that is not a host",
-                    registry=question.registry,
+                    f"{question.who} leads to something that is not a host", registry=question.who
                 ) from error
             except Exception as error:
                 problem, passes = explain_failure(error, host)
@@ -266,49 +255,65 @@ class Exchange:
             )
         )
 
-    async def _stream(self, question: Question, target: SplitResult) -> Answer:
-        client = self._client(question, target)
-        headers = {
-            **question.headers,
+    async def _stream(self, question: Question, patience: Patience) -> Answer:
+        hop, route = question.hop, question.route
+        client = self._client(_ClientKey(hop.trust, route.steered(hop), route.proxy(hop)))
+        headers = [
+            *hop.headers,
             # bodies are bounded as they come: a compressed one would be bounded after it exploded
-            "Accept-Encoding": "identity",
-            "User-Agent": self.settings.user_agent,
-        }
+            ("Accept-Encoding", "identity"),
+            ("User-Agent", self.settings.user_agent),
+        ]
+        timeout = httpx.Timeout(patience.stall_timeout, connect=patience.connect_timeout)
         async with client.stream(
-            question.method, question.url, headers=headers, content=question.content
+            question.method, hop.url, headers=headers, content=question.content, timeout=timeout
         ) as response:
             body = await _read(response, question)
             return Answer(response.status_code, response.headers, body)
 
-    def _client(self, question: Question, target: SplitResult) -> httpx.AsyncClient:
-        """The client whose trust and whose guard fit the target."""
-        verify = not _named(target.netloc, self.settings.insecure)
-        elsewhere = _name(target.netloc) != _name(question.asked_host)
-        steered = elsewhere and not is_loopback(_name(question.asked_host))
-        key = (verify, steered)
-        if key not in self._clients:
-            self._clients[key] = self._new_client(verify, steered)
-        return self._clients[key]
+    def _client(self, key: _ClientKey) -> httpx.AsyncClient:
+        """The client whose trust and whose guard fit; a new one once its files have changed."""
+        version = key.trust.version()
+        kept = self._clients.get(key)
+        if kept is not None and kept[0] == version:
+            return kept[1]
+        client = self._new_client(key)
+        if kept is not None:
+            # others may be in the middle of a request with it
+            self._retired.append(kept[1])
+        self._clients[key] = version, client
+        return client
 
-    def _new_client(self, verify: bool, steered: bool) -> httpx.AsyncClient:
+    def _new_client(self, key: _ClientKey) -> httpx.AsyncClient:
         # no cookies: what a registry sets for one pod must not come back with another's request
         no_cookies = http.cookiejar.CookieJar(
             http.cookiejar.DefaultCookiePolicy(allowed_domains=())
         )
+        proxy = None
+        if key.proxy is not None:
+            secure = key.proxy.startswith("https:")
+            proxy = httpx.Proxy(key.proxy, ssl_context=self._proxy_trust if secure else None)
         client = httpx.AsyncClient(
-            verify=self._trust[verify],
+            verify=key.trust.context(),
             http2=False,
             follow_redirects=False,
             cookies=no_cookies,
-            timeout=httpx.Timeout(
-                self.settings.stall_timeout, connect=self.settings.connect_timeout
-            ),
             limits=httpx.Limits(max_connections=64, max_keepalive_connections=16),
-            # proxies are the environment's, never for this machine, as in Go's HTTP client
-            mounts={f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")},
+            # which proxy, and whether any, was decided for this request
+            trust_env=False,
+            proxy=proxy,
         )
-        guard(client, steered=steered)
+        guard(client, steered=key.steered and proxy is None)
         return client
+
+
+@dataclass(frozen=True, slots=True)
+class _ClientKey:
+    """What requests have in common that may use the same connections."""
+
+    trust: Trust
+    steered: bool
+    proxy: str | None = field(repr=False)
 
 
 class _Passing(Exception):
@@ -323,8 +328,8 @@ async def _read(response: httpx.Response, question: Question) -> bytes:
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise Unavailable(
-            f"{question.registry} compressed its answer without having been asked to",
-            registry=question.registry,
+            f"{question.who} compressed its answer without having been asked to",
+            registry=question.who,
         )
     limit = question.max_bytes if response.status_code < 300 else MAX_ERROR_BODY
     body = bytearray()
@@ -336,8 +341,8 @@ async def _read(response: httpx.Response, question: Question) -> bytes:
             break
     if len(body) > limit and response.status_code < 300:
         raise InvalidArtifact(
-            f"the answer of {question.registry} is larger than the {limit} bytes that are read",
-            registry=question.registry,
+            f"the answer of {question.who} is larger than the {limit} bytes that are read",
+            registry=question.who,
         )
     # what is cut here is an error's text, which is shown cut anyway
     return bytes(body[:limit])
@@ -355,40 +360,5 @@ async def _abandon(response: httpx.Response, parts: AsyncIterator[bytes]) -> Non
             pass
 
 
-def joined(base: str, location: str) -> SplitResult:
-    """Where ``location`` leads from ``base``; nowhere, for what only looks like a URL."""
-    try:
-        parts = urlsplit(urljoin(base, location))
-        return parts if parts.port != 0 else urlsplit("")
-    except ValueError:
-        return urlsplit("")
-
-
-def _origin(url: SplitResult) -> tuple[str, str, int]:
-    port = url.port or (443 if url.scheme == "https" else 80)
-    return url.scheme, (url.hostname or "").lower(), port
-
-
 def _after(message: str, attempts: int) -> str:
     return message if attempts == 1 else f"{message}, after {attempts} attempts"
-
-
-def trusting(ca_file: Path | None) -> ssl.SSLContext:
-    """The TLS trust of all registry access: the system's authorities, and those of ``ca_file``."""
-    context = ssl.create_default_context()
-    if ca_file is not None:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise InvalidRequest(
-                f"the file of certificate authorities {ca_file} cannot be used: "
-                f"{error.strerror or 'it is not in PEM format'}"
-            ) from error
-    return context
-
-
-def _trusting_anybody() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context

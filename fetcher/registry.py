@@ -1,100 +1,84 @@
 """Reading from registries: the distribution specification's "Pull", in the name of one keychain.
 
 A call here is a question to the registry, each time: what a keychain may read is for the registry
-to say. What is kept between calls is what a registry wants of its users, and tokens until they
-expire. Manifests and small blobs are read here; large blobs get their address and their
-``Authorization`` from :meth:`Registry.blob_access`.
+to say. Where the node's administrator gave it mirrors that may resolve (:mod:`fetcher.hosts`), they
+speak for a registry that cannot be reached. Manifests and small blobs are read here; large blobs
+get their address and their ``Authorization`` from :meth:`Registry.blob_access`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import quote
 
-from fetcher.auth import (
-    Asked,
-    Attempt,
-    Bearer,
-    Conversation,
-    Outcome,
-    TokenKey,
-    Way,
-    converse,
-    token_request,
-)
-from fetcher.errors import DigestMismatch, InvalidArtifact
-from fetcher.exchange import (
-    MAX_ERROR_BODY,
-    Answer,
-    Exchange,
-    Question,
-    RegistrySettings,
-    endpoint,
-)
+import trio
+
+from fetcher.conversations import Conversations, Wish
+from fetcher.errors import DigestMismatch, InvalidArtifact, ModelError, Unavailable
+from fetcher.exchange import Patience, RegistrySettings
+from fetcher.hosts import Hosts, itself
 from fetcher.oci import MANIFEST_TYPES, MAX_MANIFEST_BYTES, Digest, Index, Manifest, parse_manifest
 from fetcher.platforms import pick, this_platform
-from fetcher.refusals import Refused, page, refusal
-from fetcher.tokens import MAX_TOKEN_BODY, Tokens
+from fetcher.refusals import page
+from fetcher.routes import Hop
+from fetcher.sources import Health
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable
 
-    from fetcher.credentials import Credentials, Keychain
+    from fetcher.credentials import Keychain
+    from fetcher.exchange import Answer
+    from fetcher.hosts import Host, HostSet
     from fetcher.oci import Reference
+    from fetcher.routes import Route
 
 __all__ = ["BlobAccess", "Registry", "RegistrySettings"]
 
+_T = TypeVar("_T")
+
+logger: Final = logging.getLogger(__name__)
+
 MAX_SMALL_BLOB: Final = 4 * 1024 * 1024
 _MAX_INDEXES: Final = 2
-_MAX_WAYS: Final = 4096
-_NO_SUCH_METHOD: Final = 405
-_ACCEPT_MANIFESTS: Final = {"Accept": ", ".join(MANIFEST_TYPES)}
+_ACCEPT_MANIFESTS: Final = (("Accept", ", ".join(MANIFEST_TYPES)),)
+_MIRROR_CONNECT_SECONDS: Final = 2.0
+_MIRROR_STALL_SECONDS: Final = 5.0
+_HURRIED: Final = Patience(connect_timeout=3.0, stall_timeout=5.0, attempts=2, retry_seconds=10.0)
+"""For a registry in whose place somebody else can answer, and for who does."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlobAccess:
-    """How the transport gets at one blob. ``headers`` go to the host of ``url`` and to no other."""
+    """How the transport gets at one blob, at one host."""
 
-    url: str
-    headers: tuple[tuple[str, str], ...] = field(repr=False)
-    verify_tls: bool
-    ca_file: str | None
-    """Certificate authorities in PEM, to be trusted besides those of the system."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What to ask of a repository. ``what`` names it for people."""
-
-    method: str
-    path: str
-    what: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    max_bytes: int = MAX_ERROR_BODY
-    follow: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    answer: Answer
-    authorization: str | None = field(repr=False)
+    hop: Hop
+    """The first request; its headers go to that host and to no other."""
+    route: Route
+    connect_timeout: float | None = None
+    stall_timeout: float | None = None
+    """Seconds, where this host gets less time than others."""
 
 
 class Registry:
     """All registries, for many tasks of one trio loop."""
 
     def __init__(self, settings: RegistrySettings) -> None:
+        self.health = Health()
+        """What is known of hosts, from control traffic and from downloads."""
         self._settings = settings
-        self._exchange = Exchange(settings)
-        self._tokens = Tokens(self._fetch_token)
-        self._ways: OrderedDict[tuple[str, str, str], Way | None] = OrderedDict()
+        self._conversations = Conversations(settings)
+        self._hosts = Hosts(settings)
         self._platform = this_platform()
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._exchange.aclose()
+        await self._conversations.aclose()
+
+    async def hosts(self, reference: Reference) -> HostSet:
+        """Who may be asked for what the registry of ``reference`` has."""
+        return await self._hosts.lookup(reference.registry)
 
     async def manifest(self, reference: Reference, keychain: Keychain) -> Manifest | Index:
         """The manifest or index that ``reference`` names, checked against its digest.
@@ -102,17 +86,19 @@ class Registry:
         Raises ``NotFound``, ``Unauthenticated``, ``AccessDenied``, ``Unavailable``;
         ``InvalidArtifact`` for what is no manifest or too large; ``DigestMismatch``.
         """
-        asked = self._asked(reference)
-        wish = replace(_manifest_wish(reference, "GET"), max_bytes=MAX_MANIFEST_BYTES)
-        reply = await self._ask(asked, wish, keychain)
-        answer = reply.answer
-        if answer.is_page:
-            raise page(asked, wish.what)
-        _check_digest(reference, answer)
-        try:
-            return parse_manifest(answer.body, answer.media_type or None)
-        except InvalidArtifact as error:
-            raise InvalidArtifact(f"{reference}: {error.message}", **error.context) from error
+
+        async def ask(host: Host, patience: Patience | None) -> Manifest | Index:
+            wish = _manifest_wish(reference, "GET", patience)
+            answer = await self._ask(host, wish, keychain)
+            if answer.is_page:
+                raise page(wish.asked(host), wish.what)
+            _check_digest(reference, answer)
+            try:
+                return parse_manifest(answer.body, answer.media_type or None)
+            except InvalidArtifact as error:
+                raise InvalidArtifact(f"{reference}: {error.message}", **error.context) from error
+
+        return await self._prove(reference, ask)
 
     async def resolve_model(
         self, reference: Reference, keychain: Keychain
@@ -135,15 +121,20 @@ class Registry:
 
     async def head_manifest(self, reference: Reference, keychain: Keychain) -> Digest:
         """The digest of what ``reference`` names, and the proof that ``keychain`` may read it."""
-        asked, wish = self._asked(reference), _manifest_wish(reference, "HEAD")
-        answer = (await self._ask(asked, wish, keychain)).answer
-        told = answer.headers.get("docker-content-digest")
-        if told is None or answer.is_page or answer.status == _NO_SUCH_METHOD:
-            return (await self.manifest(reference, keychain)).digest
-        digest = Digest.parse(told)
-        if reference.digest is not None and digest != reference.digest:
-            raise _mismatch(reference, f"the registry says that it is {digest}")
-        return digest
+
+        async def ask(host: Host, patience: Patience | None) -> Digest | None:
+            wish = _manifest_wish(reference, "HEAD", patience)
+            answer = await self._ask(host, wish, keychain)
+            told = answer.headers.get("docker-content-digest")
+            if told is None or answer.is_page or answer.status >= 300:
+                return None
+            digest = Digest.parse(told)
+            if reference.digest is not None and digest != reference.digest:
+                raise _mismatch(reference, f"{host.name} says that it is {digest}")
+            return digest
+
+        found = await self._prove(reference, ask)
+        return (await self.manifest(reference, keychain)).digest if found is None else found
 
     async def blob(
         self, reference: Reference, digest: Digest, size: int, keychain: Keychain
@@ -154,19 +145,22 @@ class Registry:
                 f"{reference}: the blob {digest} has {size} bytes; at most {MAX_SMALL_BLOB} are "
                 "read for a config"
             )
-        asked = self._asked(reference)
-        wish = replace(_blob_wish(reference, digest, "GET"), max_bytes=MAX_SMALL_BLOB)
-        answer = (await self._ask(asked, wish, keychain)).answer
-        if answer.is_page and len(answer.body) != size:
-            raise page(asked, wish.what)
-        if len(answer.body) != size or not digest.matches(answer.body):
-            raise DigestMismatch(
-                f"{reference}: the registry sent {len(answer.body)} bytes that are not the blob "
-                f"{digest} of {size} bytes",
-                reference=reference,
-                digest=digest,
-            )
-        return answer.body
+
+        async def ask(host: Host, patience: Patience | None) -> bytes:
+            wish = replace(_blob_wish(reference, digest, "GET"), patience=patience)
+            answer = await self._ask(host, replace(wish, max_bytes=MAX_SMALL_BLOB), keychain)
+            if answer.is_page and len(answer.body) != size:
+                raise page(wish.asked(host), wish.what)
+            if len(answer.body) != size or not digest.matches(answer.body):
+                raise DigestMismatch(
+                    f"{reference}: {host.name} sent {len(answer.body)} bytes that are not the "
+                    f"blob {digest} of {size} bytes",
+                    reference=reference,
+                    digest=digest,
+                )
+            return answer.body
+
+        return await self._prove(reference, ask)
 
     async def blob_access(
         self,
@@ -174,171 +168,130 @@ class Registry:
         digest: Digest,
         keychain: Keychain,
         *,
+        host: Host | None = None,
         renew: bool = False,
     ) -> BlobAccess:
-        """Address and headers with which the transport gets ``digest`` from the registry itself.
+        """Address and headers with which the transport gets ``digest`` from one of the hosts of
+        its registry: the registry itself, unless given.
 
-        ``renew`` after the transport was refused: the registry is asked whether it still takes
-        what is kept, and a new token is fetched only if it does not. So many connections of one
-        blob that are refused together cost one token.
+        ``renew`` after the transport was refused: the host is asked whether it still takes what is
+        kept, and a new token is fetched only if it does not. So many connections of one blob that
+        are refused together cost one token.
         """
-        asked = self._asked(reference)
-        credentials = await keychain.lookup(reference.registry, reference.repository)
-        known, way = self._way(asked)
-        if renew or not known:
-            wish = _blob_wish(reference, digest, "HEAD")
-            authorization = (await self._ask_as(asked, wish, credentials)).authorization
-        elif isinstance(way, Bearer):
-            key = TokenKey(asked, way.realm, way.service, credentials)
-            authorization = f"Bearer {await self._tokens.get(key)}"
-        else:
-            authorization = credentials.basic if way is not None and credentials else None
-        return self._access(reference, digest, authorization)
+        if host is None:
+            host = (await self.hosts(reference)).server
+        credentials = await keychain.lookup(host.name, reference.repository)
+        wish = _blob_wish(reference, digest, "HEAD")
+        if host.mirror:
+            wish = replace(wish, patience=_HURRIED)
+        known, authorization = await self._conversations.known_authorization(
+            host, wish, credentials
+        )
+        # a mirror is not asked how it wants to be asked before it has refused: many want nothing
+        if renew or not (known or host.mirror):
+            reply = await self._conversations.ask(host, wish, credentials)
+            authorization = reply.authorization
+        headers = host.headers
+        if authorization is not None:
+            headers += (("Authorization", authorization),)
+        return BlobAccess(
+            Hop(host.url(wish.path), headers, host.trust),
+            self._conversations.route(host),
+            host.connect_timeout or (_MIRROR_CONNECT_SECONDS if host.mirror else None),
+            _MIRROR_STALL_SECONDS if host.mirror else None,
+        )
 
     async def authorization(
         self, reference: Reference, keychain: Keychain, actions: str, *, stale: str | None = None
     ) -> str | None:
         """An ``Authorization`` for other ``actions`` than reading, such as ``pull,push``.
 
-        ``stale`` is one that the registry has refused since.
+        It is for the registry itself, whatever stands in for it when models are read. ``stale`` is
+        one that the registry has refused since.
         """
-        asked = self._asked(reference, actions)
+        host = itself(reference.registry, self._settings)
         credentials = await keychain.lookup(reference.registry, reference.repository)
         # the base endpoint is the one place to ask that does not depend on what exists already
-        wish = _Wish("GET", "/v2/", "its API version", follow=False)
-        return (await self._ask_as(asked, wish, credentials, stale)).authorization
-
-    def _asked(self, reference: Reference, actions: str = "pull") -> Asked:
-        found = endpoint(reference.registry, self._settings)
-        return Asked(reference.registry, found.host, found.plain, reference.repository, actions)
-
-    def _access(
-        self, reference: Reference, digest: Digest, authorization: str | None
-    ) -> BlobAccess:
-        found = endpoint(reference.registry, self._settings)
-        ca_file = self._settings.ca_file
-        return BlobAccess(
-            url=found.url + _blob_wish(reference, digest, "GET").path,
-            headers=(("Authorization", authorization),) if authorization else (),
-            verify_tls=found.verify,
-            ca_file=str(ca_file) if ca_file else None,
+        wish = Wish(
+            "GET", reference.repository, "/", "its API version", actions=actions, follow=False
         )
+        return (await self._conversations.ask(host, wish, credentials, stale)).authorization
 
-    async def _ask(self, asked: Asked, wish: _Wish, keychain: Keychain) -> _Reply:
-        credentials = await keychain.lookup(asked.registry, asked.repository)
-        return await self._ask_as(asked, wish, credentials)
+    async def _prove(
+        self, reference: Reference, ask: Callable[[Host, Patience | None], Awaitable[_T]]
+    ) -> _T:
+        """What the registry answers; where it cannot be reached, a mirror that may resolve.
 
-    async def _ask_as(
-        self,
-        asked: Asked,
-        wish: _Wish,
-        credentials: Credentials | None,
-        stale: str | None = None,
-    ) -> _Reply:
-        """The reply to a wish; raises the refusal unless it is a success."""
-        conversation = converse(asked, credentials, self._way(asked)[1], stale)
-        reply, way = await self._drive(conversation, asked, wish)
-        success = _is_success(reply.answer, wish)
-        if success or way is not None:
-            # after a refusal too: only a token that was tried first is known to be stale
-            self._remember(asked, way)
-        if not success:
-            raise refusal(Refused(asked, wish.what, reply.answer, credentials, reply.authorization))
-        return reply
-
-    async def _drive(
-        self, conversation: Conversation, asked: Asked, wish: _Wish
-    ) -> tuple[_Reply, Way | None]:
-        """Do what the conversation says, to its end: the last reply, and the way it took."""
-        reply: _Reply | None = None
-        step = next(conversation)
-        while True:
-            told: Outcome | str
-            if isinstance(step, Attempt):
-                answer = await self._attempt(asked, wish, step.authorization)
-                reply = _Reply(answer, step.authorization)
-                told = Outcome(answer.status, tuple(answer.headers.get_list("www-authenticate")))
-            else:
-                told = await self._tokens.get(step.key, step.stale)
+        Where there are such mirrors, a registry that is away is not waited for at every publish.
+        """
+        hosts = await self.hosts(reference)
+        server, others = hosts.server, hosts.able("resolve")
+        if not others:
+            return await ask(server, None)
+        order = self.health.order([one.base for one in others], trio.current_time())
+        ordered = [one for base in order for one in others if one.base == base]
+        speaks = "resolve" in server.capabilities
+        if speaks:
+            away = self.health.is_away(server.base, trio.current_time())
+            ordered.insert(len(ordered) if away else 0, server)
+        failures: list[ModelError] = []
+        for host in ordered:
             try:
-                step = conversation.send(told)
-            except StopIteration as end:
-                if reply is None:
-                    raise AssertionError("a conversation has at least one attempt") from end
-                return reply, end.value
+                found = await ask(host, _HURRIED)
+            except ModelError as error:
+                if host is server and not isinstance(error, Unavailable):
+                    raise
+                failures.append(error)
+                self._note_failure(host, error)
+            else:
+                self.health.succeeded(host.base)
+                return found
+        raise _unproven(reference, failures)
 
-    async def _attempt(self, asked: Asked, wish: _Wish, authorization: str | None) -> Answer:
-        headers = dict(wish.headers)
-        if authorization is not None:
-            headers["Authorization"] = authorization
-        url = endpoint(asked.registry, self._settings).url + wish.path
-        return await self._exchange.ask(
-            Question(
-                registry=asked.registry,
-                asked_host=asked.host,
-                method=wish.method,
-                url=url,
-                headers=headers,
-                max_bytes=wish.max_bytes,
-                follow=wish.follow,
-            )
-        )
+    def _note_failure(self, host: Host, error: ModelError) -> None:
+        now = trio.current_time()
+        if not host.mirror:
+            self.health.left(host.base, now)
+        elif isinstance(error, Unavailable):
+            self.health.failed(host.base, now, now, error.retry_after)
+        logger.warning("%s", error.message)
 
-    async def _fetch_token(self, key: TokenKey) -> tuple[int, bytes]:
-        request = token_request(key, self._settings.user_agent)
-        headers = {"Accept": "application/json"}
-        if request.authorization is not None:
-            headers["Authorization"] = request.authorization
-        if request.form is not None:
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
-        answer = await self._exchange.ask(
-            Question(
-                registry=f"the token server of {key.asked.registry}",
-                asked_host=key.asked.host,
-                method=request.method,
-                url=request.url,
-                headers=headers,
-                content=request.form,
-                max_bytes=MAX_TOKEN_BODY,
-                # a realm was checked before a password goes to it; where it leads on was not
-                follow=False,
-            )
-        )
-        return answer.status, answer.body
-
-    def _way(self, asked: Asked) -> tuple[bool, Way | None]:
-        key = (asked.host, asked.repository, asked.actions)
-        return key in self._ways, self._ways.get(key)
-
-    def _remember(self, asked: Asked, way: Way | None) -> None:
-        key = (asked.host, asked.repository, asked.actions)
-        self._ways[key] = way
-        self._ways.move_to_end(key)
-        while len(self._ways) > _MAX_WAYS:
-            self._ways.popitem(last=False)
+    async def _ask(self, host: Host, wish: Wish, keychain: Keychain) -> Answer:
+        credentials = await keychain.lookup(host.name, wish.repository)
+        return (await self._conversations.ask(host, wish, credentials)).answer
 
 
-def _is_success(answer: Answer, wish: _Wish) -> bool:
-    if 300 <= answer.status < 400:
-        return not wish.follow
-    # a registry that does not do HEAD says so after it has let us in
-    return answer.status < 300 or (answer.status == _NO_SUCH_METHOD and wish.method == "HEAD")
+def _unproven(reference: Reference, failures: list[ModelError]) -> Unavailable:
+    """Whatever mirrors say: without the registry's own word this is no more than its absence."""
+    words = "; ".join(one.message for one in failures)
+    return Unavailable(
+        f"no host that may resolve {reference} gives an answer: {words}",
+        registry=reference.registry,
+    )
 
 
-def _manifest_wish(reference: Reference, method: str) -> _Wish:
-    path = f"/v2/{reference.repository}/manifests/{quote(reference.target, safe=':')}"
+def _manifest_wish(reference: Reference, method: str, patience: Patience | None) -> Wish:
+    path = f"/{reference.repository}/manifests/{quote(reference.target, safe=':')}"
     what = f"{reference.repository} with the {_target_words(reference)}"
-    return _Wish(method, path, what, _ACCEPT_MANIFESTS)
+    return Wish(
+        method,
+        reference.repository,
+        path,
+        what,
+        _ACCEPT_MANIFESTS,
+        max_bytes=MAX_MANIFEST_BYTES,
+        patience=patience,
+    )
 
 
 def _target_words(reference: Reference) -> str:
     return f"digest {reference.digest}" if reference.digest else f"tag {reference.tag}"
 
 
-def _blob_wish(reference: Reference, digest: Digest, method: str) -> _Wish:
-    path = f"/v2/{reference.repository}/blobs/{digest}"
+def _blob_wish(reference: Reference, digest: Digest, method: str) -> Wish:
+    path = f"/{reference.repository}/blobs/{digest}"
     # a HEAD is the question whether we may; where the bytes lie is answered to a GET
-    return _Wish(method, path, f"the blob {digest}", follow=method != "HEAD")
+    return Wish(method, reference.repository, path, f"the blob {digest}", follow=method != "HEAD")
 
 
 def _check_digest(reference: Reference, answer: Answer) -> None:

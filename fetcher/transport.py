@@ -7,24 +7,25 @@ RFC 9110 section 14. Every failure is an error of :mod:`fetcher.errors` that nam
 
 from __future__ import annotations
 
-import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import pycurl
 
-from fetcher.addresses import is_loopback, refused
+from fetcher.addresses import refused
 from fetcher.errors import (
     AccessDenied,
+    InvalidRequest,
     ModelError,
     NotFound,
     Unauthenticated,
     Unavailable,
 )
+from fetcher.network_errors import retry_after
 from fetcher.ranges import Range, parse_content_range
+from fetcher.routes import MAX_REDIRECTS, REDIRECTS
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
@@ -32,16 +33,30 @@ if TYPE_CHECKING:
 
     from fetcher.oci import Digest
     from fetcher.registry import BlobAccess
+    from fetcher.routes import Hop
+    from fetcher.trust import Trust
 
 _BUFFER_BYTES: Final = 512 * 1024
 _GATHER_BYTES: Final = 512 * 1024
 _LOOK_UP_SECONDS: Final = 0.2
-_MAX_REDIRECTS: Final = 5
 _MAX_HEADER_BYTES: Final = 64 * 1024
+_MAX_ERROR_BYTES: Final = 64 * 1024
+_LEAST_SPEED: Final = 4096
+"""Bytes per second below which a host that gets little time counts as silent."""
+_ADDRESS_REFUSED: Final = frozenset({400, 401, 403, 410})
+"""What stores answer to a signed address that has expired."""
 
 
 class RangeIgnored(Unavailable):
     """The server answered a range with the whole blob, which the sink cannot use."""
+
+
+class WrongAnswer(Unavailable):
+    """The server answered with something that is not the blob, or not the range that was asked."""
+
+
+class AddressRefused(Unavailable):
+    """The address to which a registry redirected is refused there; a fresh one may not be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,18 @@ class TransferSettings:
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
     user_agent: str = "model-csi"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What to fetch of which blob."""
+
+    digest: Digest
+    size: int
+    """Of the blob."""
+    wanted: Range
+    ranged: bool = True
+    """Whether to ask for a range; without, ``wanted`` is the whole blob."""
 
 
 class Sink(Protocol):
@@ -76,36 +103,57 @@ class Connection:
         self._loop.close()
         self._curl.close()
 
-    def fetch(
+    def fetch(self, access: BlobAccess, piece: Piece, sink: Sink, stop: threading.Event) -> None:
+        """Fetch ``piece`` and hand it to ``sink`` in order.
+
+        Returns when the answer was complete; a server may answer a range with less of it than was
+        asked for, and the sink knows. Raises :class:`Unauthenticated`, :class:`AccessDenied`,
+        :class:`NotFound`, :class:`RangeIgnored`, :class:`Unavailable`, what ``sink`` raises, and
+        :class:`fetcher.threads.Stopped`.
+        """
+        try:
+            self._travel(access, piece, sink, stop)
+        except AddressRefused:
+            # a redirect is made anew for each request: this address was kept somewhere on the way
+            self._travel(access, piece, sink, stop)
+
+    def _travel(self, access: BlobAccess, piece: Piece, sink: Sink, stop: threading.Event) -> None:
+        """Follow redirects, hop by hop, to the bytes."""
+        hop = access.hop
+        for _ in range(MAX_REDIRECTS + 1):
+            exchange = _Exchange(access, hop, piece, sink, stop)
+            self._request(access, hop, piece, exchange, stop)
+            location = exchange.location
+            if location is None:
+                exchange.finish()
+                return
+            hop = access.route.follow(hop, location)
+        raise Unavailable(
+            f"{access.route.who} redirects more than {MAX_REDIRECTS} times",
+            registry=access.route.who,
+        )
+
+    def _request(
         self,
         access: BlobAccess,
-        digest: Digest,
-        size: int,
-        wanted: Range,
-        sink: Sink,
+        hop: Hop,
+        piece: Piece,
+        exchange: _Exchange,
         stop: threading.Event,
     ) -> None:
-        """Fetch ``wanted`` of the blob ``digest`` of ``size`` bytes and hand it to ``sink`` in
-        order.
-
-        Returns once every byte was handed over. Raises :class:`Unauthenticated`,
-        :class:`AccessDenied`, :class:`NotFound`, :class:`RangeIgnored`, :class:`Unavailable`, what
-        ``sink`` raises, and :class:`fetcher.threads.Stopped`.
-        """
-        exchange = _Exchange(access, digest, size, wanted, sink, stop)
-        curl = self._curl
-        curl.reset()
-        self._prepare(access, wanted, exchange)
+        """One request and its answer."""
+        self._curl.reset()
+        self._prepare(access, hop, exchange)
+        if piece.ranged:
+            self._curl.setopt(pycurl.RANGE, piece.wanted.http)
         try:
             problem = self._run(stop)
         finally:
             # no callback may keep the exchange, and with it the blob, alive
-            curl.reset()
-            exchange.close_sockets()
-        if problem is not None:
+            self._curl.reset()
+        if problem is not None and not exchange.is_enough:
             exchange.keep_gathered()
             raise exchange.failure(*problem)
-        exchange.finish()
 
     def _run(self, stop: threading.Event) -> tuple[int, str] | None:
         """Run the transfer to its end: libcurl's number and text of what was wrong, if anything.
@@ -129,101 +177,108 @@ class Connection:
         finally:
             loop.remove_handle(self._curl)
 
-    def _prepare(self, access: BlobAccess, wanted: Range, exchange: _Exchange) -> None:
-        curl = self._curl
-        plain = pycurl.PROTO_HTTP if access.url.startswith("http:") else 0
-        curl.setopt(pycurl.URL, access.url)
-        curl.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in access.headers])
-        curl.setopt(pycurl.RANGE, wanted.http)
-        curl.setopt(pycurl.USERAGENT, self._settings.user_agent)
+    def _prepare(self, access: BlobAccess, hop: Hop, exchange: _Exchange) -> None:
+        curl, settings = self._curl, self._settings
+        curl.setopt(pycurl.URL, hop.url)
+        curl.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in hop.headers])
+        curl.setopt(pycurl.USERAGENT, settings.user_agent)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
-        curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS | plain)
-        curl.setopt(pycurl.REDIR_PROTOCOLS, pycurl.PROTO_HTTPS | plain)
-        curl.setopt(pycurl.FOLLOWLOCATION, 1)
-        curl.setopt(pycurl.MAXREDIRS, _MAX_REDIRECTS)
-        curl.setopt(pycurl.OPENSOCKETFUNCTION, exchange.open_socket)
-        curl.setopt(pycurl.SSL_VERIFYPEER, int(access.verify_tls))
-        curl.setopt(pycurl.SSL_VERIFYHOST, 2 if access.verify_tls else 0)
-        self._trust(access.ca_file)
+        curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTPS | pycurl.PROTO_HTTP)
+        self._trust(hop.trust)
+        proxy = access.route.proxy(hop)
+        # both set, even to nothing: libcurl would read the environment in its own way
+        curl.setopt(pycurl.PROXY, proxy or "")
+        curl.setopt(pycurl.NOPROXY, "")
+        if proxy is None:
+            # behind a proxy the other end is the proxy, which the administrator named
+            curl.setopt(pycurl.PREREQFUNCTION, exchange.check_peer)
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.BUFFERSIZE, _BUFFER_BYTES)
-        curl.setopt(pycurl.CONNECTTIMEOUT_MS, int(self._settings.connect_timeout * 1000))
-        curl.setopt(pycurl.LOW_SPEED_LIMIT, 1)
-        curl.setopt(pycurl.LOW_SPEED_TIME, max(1, round(self._settings.stall_timeout)))
+        connect = min(settings.connect_timeout, access.connect_timeout or settings.connect_timeout)
+        stall = min(settings.stall_timeout, access.stall_timeout or settings.stall_timeout)
+        curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, int(connect * 1000)))
+        curl.setopt(pycurl.LOW_SPEED_LIMIT, 1 if access.stall_timeout is None else _LEAST_SPEED)
+        curl.setopt(pycurl.LOW_SPEED_TIME, max(1, round(stall)))
         curl.setopt(pycurl.HEADERFUNCTION, exchange.take_header)
         curl.setopt(pycurl.WRITEFUNCTION, exchange.take_body)
 
-    def _trust(self, ca_file: str | None) -> None:
-        """Trust the system's authorities, and those of ``ca_file``.
+    def _trust(self, trust: Trust) -> None:
+        """Trust the system's authorities and those of ``trust``, and show its certificate.
 
         The wheels of pycurl bring a libcurl that does not know where this system keeps them.
         """
-        system = ssl.get_default_verify_paths()
-        file = ca_file or system.cafile
-        if file:
-            self._curl.setopt(pycurl.CAINFO, file)
+        curl, system = self._curl, ssl.get_default_verify_paths()
+        curl.setopt(pycurl.SSL_VERIFYPEER, int(trust.verify))
+        curl.setopt(pycurl.SSL_VERIFYHOST, 2 if trust.verify else 0)
         if system.capath:
-            self._curl.setopt(pycurl.CAPATH, system.capath)
+            curl.setopt(pycurl.CAPATH, system.capath)
+        files = list(trust.ca_files)
+        if system.cafile:
+            files.append(system.cafile)
+        if len(files) == 1:
+            curl.setopt(pycurl.CAINFO, files[0])
+        elif files:
+            # libcurl takes one file, or the text of several
+            curl.setopt(pycurl.CAINFO_BLOB, b"\n".join(_content(file) for file in files))
+        if trust.client is not None:
+            certificate, key = trust.client
+            curl.setopt(pycurl.SSLCERT, certificate)
+            curl.setopt(pycurl.SSLKEY, key)
+            curl.setopt(pycurl.KEYPASSWD, "")
+
+
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(
+            f"the file of certificate authorities {file} cannot be used: {error.strerror}",
+            path=file,
+        ) from error
 
 
 class _Exchange:
     """One request, its answer, and what was wrong with it. Lives in the worker thread."""
 
     def __init__(
-        self,
-        access: BlobAccess,
-        digest: Digest,
-        size: int,
-        wanted: Range,
-        sink: Sink,
-        stop: threading.Event,
+        self, access: BlobAccess, hop: Hop, piece: Piece, sink: Sink, stop: threading.Event
     ) -> None:
-        self._host = urlsplit(access.url).netloc
-        self._authorized = any(name.lower() == "authorization" for name, _ in access.headers)
-        self._digest = digest
-        self._size = size
-        self._wanted = wanted
+        self._host = hop.host
+        self._redirected = hop is not access.hop
+        self._steered = access.route.steered(hop)
+        self._authorized = any(name.lower() == "authorization" for name, _ in hop.headers)
+        self._piece = piece
         self._sink = sink
         self._stop = stop
         self._status = 0
         self._headers: dict[str, str] = {}
         self._header_bytes = 0
-        self._left = len(wanted)
+        self._left = len(piece.wanted)
         self._checked = False
+        self._ignored = 0
         self._problem: BaseException | None = None
-        self._sockets: list[socket.socket] = []
         self._pieces: list[bytes] = []
         self._gathered = 0
+        self.is_enough = False
+        """The rest of the answer is of no use: it was we who ended it."""
+
+    @property
+    def location(self) -> str | None:
+        """Where the answer redirects to, if it does."""
+        return self._headers.get("location") if self._status in REDIRECTS else None
 
     # Exceptions do not cross libcurl: callbacks note the problem and end the transfer.
 
-    def open_socket(
-        self, purpose: int, address: tuple[int, int, int, tuple[object, ...]]
-    ) -> object:
-        """Connect, but not where a registry must not steer a privileged process."""
-        family, kind, protocol, target = address
-        why = refused(str(target[0]), steered=self._steered())
-        if why is not None:
-            self._problem = AccessDenied(
-                f"{self._host} leads to {target[0]}, which {why}: it is never followed",
-                registry=self._host,
-            )
-            return pycurl.SOCKET_BAD
-        opened = socket.socket(family, kind, protocol)
-        # pycurl makes a descriptor of its own from it, which libcurl keeps and closes
-        self._sockets.append(opened)
-        return opened
-
-    def close_sockets(self) -> None:
-        """Close our ends of the sockets that were opened; the connections stay."""
-        for opened in self._sockets:
-            opened.close()
-
-    def _steered(self) -> bool:
-        """Whether a registry elsewhere named the goal. Behind a proxy only that one's is seen."""
-        local = is_loopback(urlsplit(f"//{self._host}").hostname or "")
-        return 300 <= self._status < 400 and not local and not getproxies()
+    def check_peer(self, peer: str, local: str, peer_port: int, local_port: int) -> int:
+        """Refuse what a registry must not steer a privileged process to, before it is asked."""
+        why = refused(peer, steered=self._steered)
+        if why is None:
+            return int(pycurl.PREREQFUNC_OK)
+        self._problem = AccessDenied(
+            f"{self._host} is at {peer}, which {why}: it is never asked", registry=self._host
+        )
+        return int(pycurl.PREREQFUNC_ABORT)
 
     def take_header(self, line: bytes) -> int | None:
         self._header_bytes += len(line)
@@ -234,7 +289,7 @@ class _Exchange:
             return 0
         text = line.decode("iso-8859-1").strip()
         if text.startswith("HTTP/"):
-            # a redirect's headers are followed by those of its goal
+            # an interim answer's headers are followed by those of the final one
             self._status = _status_of(text)
             self._headers.clear()
         elif ":" in text:
@@ -243,9 +298,9 @@ class _Exchange:
         return None
 
     def take_body(self, data: bytes) -> int | None:
-        if not 200 <= self._status < 300:
-            return None  # the body of an error or a redirect: its status says enough
         try:
+            if not 200 <= self._status < 300:
+                return self._ignore(data)
             if not self._checked:
                 self._check_answer()
             self._pieces.append(data)
@@ -255,32 +310,75 @@ class _Exchange:
         except BaseException as error:
             self._problem = error
             return 0
-        return None
+        return 0 if self.is_enough else None
+
+    def _ignore(self, data: bytes) -> int | None:
+        """Pass over the body of an error or a redirect: its status says enough."""
+        self._ignored += len(data)
+        self.is_enough = self._ignored > _MAX_ERROR_BYTES
+        return 0 if self.is_enough else None
 
     def _hand_over(self) -> None:
         """Give the sink what was gathered: libcurl's 16 KiB at a time would keep Python busy."""
         data = b"".join(self._pieces)
         self._pieces.clear()
         self._gathered = 0
-        if len(data) > self._left or not self._sink(data):
-            raise self._unavailable("sent more bytes than it was asked for")
+        if len(data) > self._left:
+            # a body longer than was said: what was asked for is there, and its digest will tell
+            data = data[: self._left]
+            self.is_enough = True
+        if not self._sink(data):
+            raise self._wrong("sent more bytes than it was asked for")
         self._left -= len(data)
 
     def _check_answer(self) -> None:
         self._checked = True
-        if self._status == 200 and self._wanted != Range(0, self._size):
-            if not self._sink.whole():
-                raise RangeIgnored(f"{self._host} ignores ranges", registry=self._host)
-            self._left = self._size
         if self._status == 206:
+            self._check_range()
+        elif self._status == 200:
+            self._check_whole()
+        else:
+            raise self._wrong(f"answered with the status {self._status}")
+
+    def _check_whole(self) -> None:
+        """Whether this is the whole blob, and of use."""
+        piece, length = self._piece, self._length()
+        kind = self._headers.get("content-type", "").partition(";")[0].strip().lower()
+        if length is None and kind in ("text/html", "application/xhtml+xml"):
+            raise self._wrong("answered with an HTML page; is there a captive portal in between?")
+        if length is None and self._is_compressed():
+            raise self._wrong("compressed its answer without having been asked to")
+        if length not in (None, piece.size):
+            raise self._wrong(f"announced {length} bytes for a blob of {piece.size}")
+        if piece.ranged and piece.wanted != Range(0, piece.size) and not self._sink.whole():
+            raise RangeIgnored(f"{self._host} ignores ranges", registry=self._host)
+        self._left = piece.size
+
+    def _check_range(self) -> None:
+        """Whether this is the range that was asked for, or its beginning."""
+        wanted, size = self._piece.wanted, self._piece.size
+        try:
             got, whole = parse_content_range(self._headers.get("content-range", ""))
-            if got != self._wanted or whole not in (None, self._size):
-                raise self._unavailable(
-                    f"answered with bytes {got.start} to {got.stop} of {whole}, not with "
-                    f"{self._wanted.start} to {self._wanted.stop} of {self._size}"
-                )
-        elif self._status != 200:
-            raise self._unavailable(f"answered with the status {self._status}")
+        except Unavailable as error:
+            raise self._wrong(f"sent a range that is none: {error.message}") from error
+        right = got.start == wanted.start and got.stop <= wanted.stop and whole in (None, size)
+        if not right:
+            raise self._wrong(
+                f"answered with bytes {got.start} to {got.stop} of {whole}, not with "
+                f"{wanted.start} to {wanted.stop} of {size}"
+            )
+        if self._is_compressed() and self._length() != len(got):
+            raise self._wrong("compressed its answer without having been asked to")
+        self._left = len(got)
+
+    def _is_compressed(self) -> bool:
+        return self._headers.get("content-encoding", "identity").lower() not in ("", "identity")
+
+    def _length(self) -> int | None:
+        """What the answer says of its length, if anything."""
+        text = self._headers.get("content-length", "")
+        chunked = "transfer-encoding" in self._headers
+        return int(text) if text.isascii() and text.isdigit() and not chunked else None
 
     def keep_gathered(self) -> None:
         """After a transfer that ended early: what came is good, and is not fetched again."""
@@ -307,6 +405,13 @@ class _Exchange:
             if self._left:
                 raise self._unavailable(f"ended {self._left} bytes early")
             return
+        if self._redirected and status in _ADDRESS_REFUSED:
+            raise AddressRefused(
+                self._text(
+                    f"redirected here, where the address is refused with the status {status}"
+                ),
+                registry=self._host,
+            )
         if status == 401:
             hint = "refused these credentials" if self._authorized else "wants credentials"
             raise Unauthenticated(self._text(hint), registry=self._host)
@@ -314,25 +419,25 @@ class _Exchange:
             raise AccessDenied(self._text("refused access"), registry=self._host)
         if status == 404:
             raise NotFound(self._text("does not have it"), registry=self._host)
+        if status == 416:
+            raise self._wrong("says that the blob is not as long as its descriptor")
         raise self._unavailable(f"answered with the status {status}")
 
     def _text(self, what: str) -> str:
-        return f"fetching blob {self._digest} from {self._host}: the registry {what}"
+        return f"fetching blob {self._piece.digest} from {self._host}: the registry {what}"
+
+    def _wrong(self, what: str) -> ModelError:
+        return WrongAnswer(self._text(what), registry=self._host, digest=self._piece.digest)
 
     def _unavailable(self, what: str) -> ModelError:
         return Unavailable(
             self._text(what),
-            retry_after=_retry_after(self._headers.get("retry-after", "")),
+            retry_after=retry_after(self._headers.get("retry-after", "")),
             registry=self._host,
-            digest=self._digest,
+            digest=self._piece.digest,
         )
 
 
 def _status_of(line: str) -> int:
     parts = line.split(None, 2)
     return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
-
-
-def _retry_after(value: str) -> float | None:
-    """Seconds of a ``Retry-After``; its other form, a date, is left to our own back-off."""
-    return float(value) if value.isdigit() and len(value) < 7 else None

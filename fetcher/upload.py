@@ -25,11 +25,13 @@ import trio
 from fetcher.addresses import check_host, is_loopback
 from fetcher.auth import Asked
 from fetcher.errors import AccessDenied, InvalidRequest, ModelError, Unavailable
-from fetcher.exchange import Answer, RegistrySettings, endpoint, joined, trusting
+from fetcher.exchange import Answer, RegistrySettings, endpoint
 from fetcher.modelpack import CONFIG_TYPE
 from fetcher.network_errors import explain_causes
 from fetcher.oci import Digest
 from fetcher.refusals import Refused, refusal
+from fetcher.routes import joined
+from fetcher.trust import trusting
 
 if TYPE_CHECKING:
     import ssl

@@ -101,9 +101,9 @@ def test_the_transport_is_told_where_a_blob_is(registry: RegistryServer) -> None
         return first
 
     access = ask(call, registry.reference("read/access", "v1"))
-    assert access.url == f"{registry.url}/v2/read/access/blobs/{digest}"
-    assert access.headers == ()
-    assert access.verify_tls
+    assert access.hop.url == f"{registry.url}/v2/read/access/blobs/{digest}"
+    assert access.hop.headers == ()
+    assert access.hop.trust.verify
 
 
 def test_many_tasks_share_one_registry(registry: RegistryServer) -> None:
@@ -233,8 +233,8 @@ def test_a_password_opens_a_registry(guarded: RegistryServer) -> None:
         return await client.blob_access(reference, Digest.of(b"{}"), ROBOT)
 
     access = ask(call, guarded.reference("acme/model", "v1"))
-    assert access.headers == (("Authorization", Credentials("robot", PASSWORD).basic),)
-    assert access.headers[0][1] not in repr(access)
+    assert access.hop.headers == (("Authorization", Credentials("robot", PASSWORD).basic),)
+    assert access.hop.headers[0][1] not in repr(access)
 
 
 def test_without_a_password_and_with_a_wrong_one(guarded: RegistryServer) -> None:
@@ -273,7 +273,7 @@ def test_a_token_opens_a_registry_and_is_used_again(
         for _ in range(3):
             assert (await client.manifest(reference, ROBOT)).digest == digest
             access = await client.blob_access(reference, Digest.of(b"{}"), ROBOT)
-            assert access.headers == (("Authorization", f"Bearer {tokens.issued[0]}"),)
+            assert access.hop.headers == (("Authorization", f"Bearer {tokens.issued[0]}"),)
 
     ask(call, token_registry.reference("acme/model", "v1"))
     (asked,) = tokens.requests
@@ -317,7 +317,7 @@ def test_a_token_that_expired_is_renewed(
         assert (await client.manifest(reference, ROBOT)).digest == digest
         fresh = tokens.issued[-1]
         access = await client.blob_access(reference, Digest.of(b"{}"), ROBOT, renew=True)
-        assert access.headers == (("Authorization", f"Bearer {fresh}"),)
+        assert access.hop.headers == (("Authorization", f"Bearer {fresh}"),)
 
     ask(call, token_registry.reference("acme/model", "v1"))
 
@@ -337,7 +337,7 @@ def test_connections_that_are_refused_together_cost_one_token(
                 await client.blob_access(reference, Digest.of(b"{}"), ROBOT, renew=True)
             )
 
-        client._tokens._kept.clear()
+        client._conversations._tokens._kept.clear()
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(renew)
@@ -381,8 +381,8 @@ def test_tls_is_verified_unless_told_otherwise(tmp_path: Path) -> None:
             reference,
             replace(QUICK, insecure=("127.0.0.1",)),
         )
-        assert access.url.startswith("https://")
-        assert not access.verify_tls
+        assert access.hop.url.startswith("https://")
+        assert not access.hop.trust.verify
 
 
 def test_a_ca_file_that_is_none(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_cancelling_at_any_checkpoint_leaves_a_registry_that_works(
                     await call_by_name(name, ROBOT, registry, reference)
                 finally:
                     trio.lowlevel.remove_instrument(instrument)
-            assert registry._tokens._flights == {}
+            assert registry._conversations._tokens._flights == {}
             assert (await registry.manifest(reference, ROBOT)).digest == digest
         return scope.cancelled_caught
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -27,7 +28,10 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
+from fetcher.exchange import _ClientKey
 from fetcher.oci import Digest, Reference
+from fetcher.proxies import Proxies
+from fetcher.trust import Trust
 from tests.support.faulty_registry import LOGIN_PAGE, FaultyRegistry, Reply, serve_faulty
 from tests.support.registry import OCI_MANIFEST, RegistryServer, make_tls
 from tests.support.registry_calls import (
@@ -224,7 +228,7 @@ def test_bytes_that_are_not_what_their_digest_says(
         )
     lie = {"Docker-Content-Digest": str(Digest.of(b"lie"))}
     faulty.add("/manifests/", Reply(200, lie), method="HEAD")
-    with pytest.raises(DigestMismatch, match="the registry says that it is"):
+    with pytest.raises(DigestMismatch, match="says that it is sha256:"):
         ask(
             lambda client, parsed: client.head_manifest(parsed, NOBODY),
             f"{faulty.address}/acme/model@{model}",
@@ -422,12 +426,14 @@ def test_this_machines_proxy_is_not_used_for_this_machine(
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://{proxy.address}")
             monkeypatch.setenv(name.lower(), f"http://{proxy.address}")
-        assert manifest(registry.reference("acme/unproxied", "v1")).digest == digest
+        proxies = Proxies.of_environment(os.environ)
+        reference = registry.reference("acme/unproxied", "v1")
+        assert manifest(reference, proxies=proxies).digest == digest
         assert proxy.requests == []
         # and every other host goes through it, so that nothing here is looked up or connected to
         proxy.add("http://mirror.lan", Reply(404))
         with pytest.raises(NotFound):
-            manifest("mirror.lan/acme/model:v1", plain_http=("mirror.lan",))
+            manifest("mirror.lan/acme/model:v1", plain_http=("mirror.lan",), proxies=proxies)
         assert proxy.requests[0].path == "http://mirror.lan/v2/acme/model/manifests/v1"
 
 
@@ -512,11 +518,11 @@ def test_this_version_of_httpx_can_be_guarded() -> None:
 
     async def main() -> None:
         async with opened() as registry, httpx.AsyncClient() as bare:
-            client = registry._exchange._new_client(verify=True, steered=True)
+            key = _ClientKey(Trust(), steered=True, proxy=None)
+            client = registry._conversations._exchange._client(key)
             guarded_backend = client._transport._pool._network_backend  # type: ignore[attr-defined]
             assert type(guarded_backend).__name__ == "GuardedBackend"
             assert type(bare._transport._pool._network_backend).__name__ != "GuardedBackend"  # type: ignore[attr-defined]
-            await client.aclose()
 
     trio.run(main)
 

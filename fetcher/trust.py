@@ -1,0 +1,70 @@
+"""Whom a TLS connection to a registry trusts, and who it says that it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fetcher.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What TLS with one host goes by. Files are in PEM and are read when a connection is made."""
+
+    verify: bool = True
+    ca_files: tuple[str, ...] = ()
+    """Certificate authorities that are trusted besides those of the system."""
+    client: tuple[str, str] | None = None
+    """The files of our certificate and its key, for a host that asks for one; may be one file."""
+
+    def elsewhere(self, *, verify: bool) -> Trust:
+        """The trust for where this host redirects to: its authorities, but not our certificate."""
+        return replace(self, verify=verify, client=None)
+
+    def version(self) -> tuple[int, ...]:
+        """What changes when one of the files does."""
+        found = []
+        for file in (*self.ca_files, *(self.client or ())):
+            changed = 0
+            with contextlib.suppress(OSError):
+                changed = os.stat(file).st_mtime_ns
+            found.append(changed)
+        return tuple(found)
+
+    def context(self) -> ssl.SSLContext:
+        """It as Python's TLS wants it. Raises :class:`InvalidRequest` naming the unusable file."""
+        context = ssl.create_default_context()
+        if not self.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        for file in self.ca_files:
+            try:
+                context.load_verify_locations(cafile=file)
+            except (OSError, ssl.SSLError) as error:
+                raise _unusable("certificate authorities", file, error) from error
+        if self.client is not None:
+            try:
+                # an empty password: a key that is encrypted is an error and not a question
+                context.load_cert_chain(*self.client, password="")
+            except (OSError, ssl.SSLError) as error:
+                raise _unusable("a client certificate and key", self.client[0], error) from error
+        return context
+
+
+def trusting(ca_file: Path | None) -> ssl.SSLContext:
+    """The trust of registries in general: the system's authorities, and those of ``ca_file``."""
+    return Trust(ca_files=(str(ca_file),) if ca_file else ()).context()
+
+
+def _unusable(what: str, file: str, error: OSError) -> InvalidRequest:
+    reason = "it is not what it should be, in PEM format"
+    if not isinstance(error, ssl.SSLError) and error.strerror:
+        reason = error.strerror
+    return InvalidRequest(f"the file of {what} {file} cannot be used: {reason}", path=file)
