@@ -23,6 +23,7 @@ from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.download import DownloadSettings
 from fetcher.jobs import Jobs
 from fetcher.policy import ReferencePolicy
+from fetcher.proxies import Proxies
 from fetcher.pull import Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.store import Store
@@ -107,6 +108,8 @@ def registry_settings(config: Config) -> RegistrySettings:
         https=config.https,
         insecure=config.insecure_registries,
         ca_file=config.ca_file,
+        hosts_dir=config.hosts_dir,
+        proxies=Proxies.of_environment(os.environ),
         stall_timeout=config.stall_timeout,
         user_agent=USER_AGENT,
     )

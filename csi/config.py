@@ -159,6 +159,10 @@ class Config:
             values.check_path,
         ),
     ] = None
+    hosts_dir: Annotated[
+        Path,
+        Rule("the folder of containerd's hosts.toml folders: mirrors", values.check_path),
+    ] = Path("/etc/containerd/certs.d")
     docker_config: Annotated[
         Path | None,
         Rule(
