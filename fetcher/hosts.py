@@ -234,7 +234,7 @@ def _table(value: object, url: str) -> dict[str, Any]:
 
 
 def _address(url: str, registry: str, settings: RegistrySettings) -> Host:
-    parts = urlsplit(url if url.startswith("http") else f"https://{url}")
+    parts = urlsplit(url if "://" in url else f"https://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(f"{url[:200]!r} is not the address of a host")
     if parts.username is not None or parts.query or parts.fragment:
