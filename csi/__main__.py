@@ -69,7 +69,9 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             jobs = Jobs(store, registry, download_settings(config), downloads)
             closing.callback(jobs.close)
             pulls = Pulls(store, registry, jobs, pull_settings(config), downloads)
-            volumes = Volumes(VolumeRecords(store.database), pulls, store.models_folder)
+            volumes = Volumes(
+                VolumeRecords(store.database), pulls, store.models_folder, config.kubelet_dir
+            )
             keychain = node_keychain(config)
             calls = AgentCalls(
                 store=store,

@@ -335,6 +335,12 @@ class AgentCalls:
                 for record in self._volumes.list()
             ),
             pulls=await self._running_pulls(),
+            unknown_mounts=tuple(
+                protocol.MountRow(
+                    target=str(tree.target), digest=str(tree.model), selection=tree.selection
+                )
+                for tree in self._volumes.unknown_mounts()
+            ),
             disk=protocol.DiskRow(used=usage.used, free=usage.free, total=usage.total),
         )
 

@@ -184,6 +184,27 @@ def bind_by_mount_api(tree: int, place: int) -> None:
         os.close(clone)
 
 
+def binds_in_one_step() -> bool:
+    """Whether binds go by :func:`bind_by_mount_api` here: what is there and locked is right.
+
+    One that :func:`bind_by_mount` did not finish may be locked here and writable elsewhere.
+    """
+    system = _System.load()
+    attributes = _MountAttributes(attr_set=_MOUNT_ATTR_LOCKED)
+    size = ctypes.sizeof(attributes)
+    for number, *arguments in (
+        (_SYS_OPEN_TREE, -1, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH),
+        (_SYS_MOUNT_SETATTR, -1, b"", _AT_EMPTY_PATH, ctypes.byref(attributes), size),
+    ):
+        try:
+            system.call(number, *arguments)
+        except OSError as error:
+            # no such descriptor: the call exists, and it got as far as looking for that
+            if error.errno != errno.EBADF:
+                return False
+    return True
+
+
 def bind_by_mount(tree: int, place: int, target: Path) -> None:
     """Bind with mount(2), for older kernels; ``place`` is an open descriptor of ``target``.
 

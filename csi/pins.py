@@ -50,9 +50,15 @@ def pinned_trees(records: VolumeRecords, models_folder: Path) -> set[tuple[Diges
     return pins
 
 
-def mounted_trees(table: Sequence[Mount], models_folder: Path) -> list[MountedTree]:
-    """What ``table`` shows of the trees below ``models_folder``, one entry for each mount."""
-    found = (_mounted(mount, shown) for mount, shown in shown_below(table, models_folder.resolve()))
+def mounted_trees(
+    table: Sequence[Mount], models_folder: Path, mounts: Sequence[Mount] | None = None
+) -> list[MountedTree]:
+    """What ``mounts`` (all of ``table``, unless given) show of the trees below ``models_folder``.
+
+    One entry for each mount.
+    """
+    shown = shown_below(table, models_folder.resolve(), mounts)
+    found = (_mounted(mount, path) for mount, path in shown)
     return [tree for tree in found if tree is not None]
 
 

@@ -19,10 +19,11 @@ import trio
 
 from csi import targets
 from csi.attributes import Mode, differences
-from csi.mount_table import Mount, mount_at, mount_table, shows_below
-from csi.mounts import bind_read_only, unmount
+from csi.conditions import is_shown, problem, unknown_mounts
+from csi.mount_table import mount_at
+from csi.placement import Placement
+from csi.reconcile import reconcile
 from csi.state import VolumeRecord, VolumeState
-from csi.targets import Found
 from csi.turns import Turns
 from csi.waiting import wait_for_tree
 from fetcher.errors import (
@@ -32,17 +33,18 @@ from fetcher.errors import (
     InvalidRequest,
     ModelError,
     NotFound,
-    Unavailable,
     Unsupported,
 )
 from fetcher.oci import Digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from csi.attributes import VolumeAttributes
+    from csi.mount_table import Mount
+    from csi.pins import MountedTree
     from csi.state import VolumeRecords
     from csi.waiting import RunningPull
     from fetcher.credentials import Keychain
@@ -108,11 +110,17 @@ class VolumeStats:
 class Volumes:
     """Publishes and unpublishes volumes. Belongs to the trio thread."""
 
-    def __init__(self, records: VolumeRecords, pulls: PullService, models_folder: Path) -> None:
-        """``models_folder`` holds every tree that is bound, and exists."""
+    def __init__(
+        self, records: VolumeRecords, pulls: PullService, models_folder: Path, kubelet_dir: Path
+    ) -> None:
+        """``models_folder`` holds every tree that is bound, and exists.
+
+        ``kubelet_dir`` is where mounts are looked for that nobody knows.
+        """
         self._records = records
         self._pulls = pulls
-        self._models_folder = models_folder.resolve()
+        self._placement = Placement(records, models_folder)
+        self._kubelet_dir = kubelet_dir
         self._turns = Turns()
 
     # -- publish -----------------------------------------------------------------------------------
@@ -132,19 +140,19 @@ class Volumes:
         request = replace(request, target=await targets.locate(request.target))
         with self._turns.take(request.volume_id, request.target) as turn, turn.interruptibly():
             previous = self._agreeing_record(request)
-            if previous is not None and _is_shown(previous):
+            if previous is not None and is_shown(previous):
                 return
-            await self._check_target(request.target, previous)
+            found = await self._check_target(request.target, previous)
             resolved = await self._resolve(request, previous)
             record = self._begin(request, resolved, previous)
             try:
                 tree = await self._pull(resolved, request, deadline)
-                await self._show(tree, record)
+                await self._placement.show(tree, record)
             except InProgress:
                 # the download goes on; the record keeps its digest for the next call
                 raise
             except Exception:
-                await self._undo(record)
+                await self._undo(record, previous, found)
                 raise
         logger.info(
             "published volume %s (pod %s): %s", record.volume_id, record.pod, resolved.reference
@@ -155,7 +163,7 @@ class Volumes:
         fingerprint = request.attributes.fingerprint()
         for record in self._records.of_volume(request.volume_id):
             here = record.target == request.target
-            if record.fingerprint != fingerprint and (here or _is_shown(record)):
+            if record.fingerprint != fingerprint and (here or is_shown(record)):
                 names = ", ".join(differences(record.fingerprint, fingerprint))
                 raise Conflict(
                     f"volume {request.volume_id} is there already with other attributes: {names}",
@@ -169,7 +177,7 @@ class Volumes:
         for record in self._records.of_target(target):
             if record.volume_id == volume_id:
                 continue
-            if _is_shown(record):
+            if is_shown(record):
                 raise Conflict(
                     f"{target} belongs to volume {record.volume_id}: it stays as it is",
                     volume=record.volume_id,
@@ -178,12 +186,14 @@ class Volumes:
             logger.info("forgetting volume %s: nothing of it is left", record.volume_id)
             self._records.remove(record.volume_id, target)
 
-    async def _check_target(self, target: Path, record: VolumeRecord | None) -> None:
+    async def _check_target(self, target: Path, record: VolumeRecord | None) -> Mount | None:
+        """The mount of ours that is at ``target`` already. Raises :class:`Conflict` for another."""
         mount = mount_at(target)
         if mount is None:
             await targets.inspect(target)
-        elif not self._is_ours(mount, record):
+        elif not self._placement.is_ours(mount, record):
             raise Conflict(f"{target} is a mount of something else ({mount.type}): it stays")
+        return mount
 
     async def _resolve(self, request: PublishRequest, previous: VolumeRecord | None) -> Resolved:
         """What the volume shows: what an earlier call resolved, though the tag moved since."""
@@ -205,6 +215,8 @@ class Volumes:
         self, request: PublishRequest, resolved: Resolved, previous: VolumeRecord | None
     ) -> VolumeRecord:
         """The record that pins the model, written before anything of it is there."""
+        model, selection = str(resolved.model.digest), request.attributes.selection.key
+        same = previous is not None and (previous.model, previous.selection) == (model, selection)
         record = VolumeRecord(
             volume_id=request.volume_id,
             target=request.target,
@@ -212,13 +224,13 @@ class Volumes:
             fingerprint=request.attributes.fingerprint(),
             reference=str(request.attributes.reference),
             digest=str(resolved.reference.digest or resolved.model.digest),
-            model=str(resolved.model.digest),
-            selection=request.attributes.selection.key,
+            model=model,
+            selection=selection,
             # a mount of ours without a record: the state was lost, and with it who made the folder
             made_target=previous.made_target if previous else mount_at(request.target) is not None,
             origin=previous.origin if previous is not None else None,
-            size=0,
-            files=0,
+            size=previous.size if previous is not None and same else 0,
+            files=previous.files if previous is not None and same else 0,
             pod=request.pod,
             created=previous.created if previous is not None else time.time(),
         )
@@ -233,31 +245,22 @@ class Volumes:
         with self._pulls.join(resolved, request.attributes.selection, holder) as pull:
             return await wait_for_tree(pull, reference, deadline)
 
-    async def _show(self, tree: ModelTree, record: VolumeRecord) -> None:
-        """Bind the tree and record it as published; a half-made mount of ours makes way."""
-        target = record.target
-        await unmount(target, self._ours(record))
-        if await targets.inspect(target) is Found.MISSING:
-            record = replace(record, made_target=True)
-            self._records.save(record)
-            await targets.make(target)
-        await bind_read_only(tree.path, target)
-        # no checkpoint from the end of the bind to the record: a cancellation finds both or neither
-        mount = mount_at(target)
-        if mount is None or not mount.locked:
-            raise Unavailable(f"{target} was mounted, and is not read-only or gone again")
-        self._records.save(
-            replace(
-                record,
-                state=VolumeState.PUBLISHED,
-                origin=mount.origin,
-                size=tree.size,
-                files=tree.files,
-            )
-        )
+    async def _undo(
+        self, record: VolumeRecord, previous: VolumeRecord | None, found: Mount | None
+    ) -> None:
+        """Take back what a failed publish did. What cannot be taken back stays recorded.
 
-    async def _undo(self, record: VolumeRecord) -> None:
-        """Take back a publish that failed. What cannot be taken back stays recorded."""
+        A mount that was ``found``, published by an earlier call or by one whose record was lost,
+        stays as it was: a pod may read it.
+        """
+        was_published = previous is None or previous.state is VolumeState.PUBLISHED
+        if found is not None and was_published and mount_at(record.target) == found:
+            self._pulls.release(_holder(record.volume_id, record.target))
+            if previous is None:
+                self._records.remove(record.volume_id, record.target)
+            else:
+                self._records.save(previous)
+            return
         with trio.CancelScope(shield=True), trio.move_on_after(UNDO_TIMEOUT):
             try:
                 await self._take_down(record.volume_id, record.target)
@@ -283,28 +286,8 @@ class Volumes:
         logger.info("unpublished volume %s", volume_id)
 
     async def _take_down(self, volume_id: str, target: Path) -> None:
-        """Unmount what is ours, remove the folder that we made, then the record."""
-        record = self._records.get(volume_id, target)
-        mount = mount_at(target)
-        if record is not None and (mount is None or self._is_ours(mount, record)):
-            self._records.save(replace(record, state=VolumeState.UNPUBLISHING))
         self._pulls.release(_holder(volume_id, target))
-        await unmount(target, self._ours(record))
-        # without a record (a lost state, an unknown volume) an empty folder is taken for ours
-        if record is None or record.made_target:
-            await targets.remove(target)
-        self._records.remove(volume_id, target)
-
-    # -- whose a mount is --------------------------------------------------------------------------
-
-    def _ours(self, record: VolumeRecord | None) -> Callable[[Mount], bool]:
-        return lambda mount: self._is_ours(mount, record)
-
-    def _is_ours(self, mount: Mount, record: VolumeRecord | None) -> bool:
-        """Whether the record names the mount, or it shows a tree of the store."""
-        if record is not None and record.origin == mount.origin:
-            return True
-        return shows_below(mount_table(), mount, self._models_folder)
+        await self._placement.clear(volume_id, target)
 
     # -- what is there -----------------------------------------------------------------------------
 
@@ -317,14 +300,14 @@ class Volumes:
         record = self._records.get(volume_id, target)
         if record is None or record.state is not VolumeState.PUBLISHED:
             raise NotFound(f"volume {volume_id[:200]} is not published at {target}")
-        problem = _problem(record)
-        if problem is None and not await targets.answers(target, STATS_TIMEOUT):
-            problem = "its file system does not answer"
-        message = problem or "mounted read-only from the node's store"
+        wrong = problem(record)
+        if wrong is None and not await targets.answers(target, STATS_TIMEOUT):
+            wrong = "its file system does not answer"
+        message = wrong or "mounted read-only from the node's store"
         return VolumeStats(
             bytes_used=record.size,
             files=record.files,
-            abnormal=problem is not None,
+            abnormal=wrong is not None,
             message=f"model {record.reference} ({record.digest}): {message}",
         )
 
@@ -335,47 +318,20 @@ class Volumes:
     # -- after a start -----------------------------------------------------------------------------
 
     async def reconcile(self) -> None:
-        """Bring records and mounts together after a start, from local state alone.
+        """Bring records and mounts together after a start; see :func:`csi.reconcile.reconcile`."""
+        await reconcile(self._records, self._placement, self._turns)
+        for tree in self.unknown_mounts():
+            logger.warning(
+                "no volume is known for the mount of model %s at %s: it stays, and so does the "
+                "model; unpublishing or unmounting it ends that",
+                tree.model.short,
+                tree.target,
+            )
 
-        What was being published is undone, and keeps its digest while its pod is there; what was
-        being unpublished is finished; what is published and lost its mount (the node restarted) is
-        forgotten. A record that resists is logged and passed over.
-        """
-        for record in self._records.all():
-            try:
-                with self._turns.take(record.volume_id, record.target):
-                    await self._reconcile(record)
-            except ModelError as error:
-                logger.warning("volume %s is left as it is: %s", record.volume_id, error.message)
-            except Exception:
-                logger.exception("volume %s is left as it is", record.volume_id)
-
-    async def _reconcile(self, record: VolumeRecord) -> None:
-        if record.state is VolumeState.PUBLISHED and mount_at(record.target) is not None:
-            return
-        if record.state is VolumeState.PUBLISHING and await targets.parent_exists(record.target):
-            await unmount(record.target, self._ours(record))
-            return
-        await self._take_down(record.volume_id, record.target)
-        logger.info("forgot volume %s, which was %s", record.volume_id, record.state.value)
-
-
-def _problem(record: VolumeRecord) -> str | None:
-    """What is wrong with a published volume's mount, as the mount table tells it."""
-    mount = mount_at(record.target)
-    if mount is None:
-        return "the mount is gone"
-    if mount.deleted:
-        return "the model's files were removed from the node"
-    if mount.origin != record.origin:
-        return "something else is mounted over it"
-    if not mount.locked:
-        return "the mount is not read-only, nosuid and nodev any more"
-    return None
-
-
-def _is_shown(record: VolumeRecord) -> bool:
-    return record.state is VolumeState.PUBLISHED and _problem(record) is None
+    def unknown_mounts(self) -> Sequence[MountedTree]:
+        """Mounts of models below kubelet's folder that no record knows."""
+        folder = self._kubelet_dir.resolve()
+        return unknown_mounts(self._records.all(), self._placement.models_folder, folder)
 
 
 def _pinned(reference: Reference, previous: VolumeRecord | None) -> Reference | None:

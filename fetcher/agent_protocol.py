@@ -167,6 +167,12 @@ class VolumeRow(Struct, frozen=True, kw_only=True):
     pod: str | None
 
 
+class MountRow(Struct, frozen=True, kw_only=True):
+    target: str
+    digest: str
+    selection: str
+
+
 class PullRow(Struct, frozen=True, kw_only=True):
     reference: str
     digest: str
@@ -200,6 +206,8 @@ class StatusResult(Struct, frozen=True, kw_only=True):
     volumes: tuple[VolumeRow, ...]
     pulls: tuple[PullRow, ...]
     disk: DiskRow | None
+    unknown_mounts: tuple[MountRow, ...] = ()
+    """Mounts of models below kubelet's folder that belong to no volume."""
 
 
 # --------------------------------------------------------------------------------------- calls

@@ -179,3 +179,9 @@ def status(found: protocol.StatusResult) -> None:
                 for volume in found.volumes
             ],
         )
+    if found.unknown_mounts:
+        print()
+        table(
+            ("MOUNT OF NO VOLUME", "MODEL"),
+            [(mount.target, short(mount.digest)) for mount in found.unknown_mounts],
+        )

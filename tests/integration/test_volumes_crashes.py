@@ -145,7 +145,7 @@ def test_what_a_kill_leaves_can_be_used(
 @pytest.mark.parametrize(
     ("state", "mounted", "left"),
     [
-        (VolumeState.PUBLISHING, True, VolumeState.PUBLISHING),
+        (VolumeState.PUBLISHING, True, VolumeState.PUBLISHED),
         (VolumeState.PUBLISHING, False, VolumeState.PUBLISHING),
         (VolumeState.PUBLISHED, True, VolumeState.PUBLISHED),
         (VolumeState.PUBLISHED, False, None),

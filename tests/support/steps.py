@@ -1,4 +1,7 @@
-"""Cancelling an asynchronous call at each of its checkpoints, one after the other."""
+"""Cancelling an asynchronous call at each of its checkpoints, one after the other.
+
+Those of the tasks that it starts are checkpoints of the call too.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _CancelAtStep(trio.abc.Instrument):
-    """Cancels ``scope`` when its task is about to take the given step."""
+    """Cancels ``scope`` when its task, or one below it, is about to take the given step."""
 
     def __init__(self, task: trio.lowlevel.Task, scope: trio.CancelScope, step: int) -> None:
         self._task = task
@@ -19,10 +22,15 @@ class _CancelAtStep(trio.abc.Instrument):
         self.left = step
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task is self._task:
+        if self._is_below(task):
             self.left -= 1
             if self.left == 0:
                 self._scope.cancel()
+
+    def _is_below(self, task: trio.lowlevel.Task | None) -> bool:
+        while task is not None and task is not self._task:
+            task = None if task.parent_nursery is None else task.parent_nursery.parent_task
+        return task is not None
 
 
 async def cancelled_at(step: int, call: Callable[[], Awaitable[object]]) -> bool:
