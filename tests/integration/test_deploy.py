@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
 MANIFESTS = sorted(path for path in DEPLOY.glob("*.yaml") if path.name != "kustomization.yaml")
 EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
+POLICIES = sorted((DEPLOY / "policies").glob("*.yaml"))
 NAMESPACE = "model-csi"
 DRIVER = "model.csi.example.org"
 CLUSTER_WIDE = {"Namespace", "CSIDriver", "ClusterRole", "ClusterRoleBinding"}
@@ -263,6 +264,35 @@ def test_the_examples_attributes_are_the_drivers(path: Path) -> None:
                     VolumeAttributes.parse(inline["volumeAttributes"], DRIVER)
                     found += 1
     assert found
+
+
+# ------------------------------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("version", ["1.30", KUBERNETES[-1]])
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.name)
+def test_kubernetes_takes_the_policies_strictly(path: Path, version: str) -> None:
+    for document in documents(path):
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_policies_look_at_the_drivers_attribute_and_are_bound() -> None:
+    policies = {name_of(one): one for one in documents(*POLICIES) if "Binding" not in one["kind"]}
+    bindings = [one for one in documents(*POLICIES) if "Binding" in one["kind"]]
+    assert sorted(one["spec"]["policyName"] for one in bindings) == sorted(policies)
+    resources = set()
+    for policy in policies.values():
+        spec = policy["spec"]
+        assert spec["failurePolicy"] == "Fail"
+        (rule,) = spec["matchConstraints"]["resourceRules"]
+        resources |= set(rule["resources"])
+        text = yaml.safe_dump(spec, width=10_000)
+        assert set(re.findall(r"([\w.]+)/reference", text)) == {DRIVER}
+        assert f"driver == ''{DRIVER}''" in text or f"driver == '{DRIVER}'" in text
+        (allowed,) = [one for one in spec["variables"] if one["name"] == "allowed"]
+        # a prefix that does not end with a slash is one for names that only look like it
+        assert all(entry.endswith("/") for entry in re.findall(r"'([^']*)'", allowed["expression"]))
+    assert resources == {"pods", "persistentvolumes"}
 
 
 # ---------------------------------------------------------------------------------------- image
