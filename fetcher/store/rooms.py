@@ -1,0 +1,248 @@
+"""Room for what is fetched and built: reserved before the first byte, enlarged on the way.
+
+A reservation is one decision on the trio thread: what is missing, what has to be evicted for it,
+and the claim in the records happen without a checkpoint between. Only then is the disk cleared, and
+nobody writes a byte before that is done.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+
+from fetcher.modelpack import Packing
+from fetcher.quantities import bytes_text
+from fetcher.store.disk import disk_error
+from fetcher.store.footprint import taken
+from fetcher.threads import Stopped, run_stoppable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from fetcher.modelpack import Layer
+    from fetcher.store.garbage import Garbage
+    from fetcher.store.space import Shortage, Space
+
+T = TypeVar("T")
+
+_BLOCK: Final = 4096
+_KIB: Final = 1024
+_MIB: Final = 1024 * _KIB
+_LARGEST_STEP: Final = 32 * _MIB
+_SMALLEST_STEP: Final = 256 * _KIB
+
+TREE_BYTES: Final = 64 * _KIB
+"""What a tree of no more than some folders takes; a larger one grows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a content or a tree is going to take."""
+
+    bytes: int
+    """In all, what is there already among it."""
+    spare: int = 0
+    """How much of that is there for its :meth:`Room.grow` to take."""
+
+
+def need_of(layer: Layer, chunk_size: int) -> Need:
+    """What a layer takes until it is complete, as far as its descriptor tells.
+
+    The file system's own blocks for a file in many pieces are less than 1/4096 of it.
+    """
+    size = layer.descriptor.size
+    chunk_map = -(-size // chunk_size) + _KIB
+    size_on_disk = rounded(size) + rounded(size // _BLOCK) + rounded(chunk_map) + _BLOCK
+    match layer.packing:
+        case Packing.RAW:
+            return Need(size_on_disk)
+        case Packing.TAR:
+            # a chunk lies in the frame and in its file while it is moved; folder and index
+            return Need(size_on_disk + chunk_size + 4 * _BLOCK)
+        case _:
+            # it unpacks to its own size at least, but for text
+            return Need(size_on_disk + rounded(size), spare=rounded(size))
+
+
+def rounded(size: int) -> int:
+    """``size`` in whole blocks."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+class Room:
+    """Lets what is being written grow beyond what was reserved for it.
+
+    For worker threads; the trio thread may use it as long as no thread has it. What was granted
+    lasts until the pulls that work on the content end: who opens a partial content again asks again
+    for all that it takes beyond its blob's size.
+    """
+
+    def __init__(self, rooms: Rooms, name: str, token: trio.lowlevel.TrioToken | None) -> None:
+        self._rooms = rooms
+        self._name = name
+        self._token = token
+        self._lock = threading.Lock()
+        self._left = 0
+
+    def grow(self, count: int) -> None:
+        """Reserve ``count`` more bytes. Raises :class:`NoSpace` when they cannot be had.
+
+        Evicts what is not in use where that is needed; then the thread clears the disk.
+        """
+        with self._lock:
+            if count > self._left:
+                self._left += self._granted(count - self._left)
+            self._left -= count
+
+    def _granted(self, count: int) -> int:
+        rooms, name = self._rooms, self._name
+        granted = self._call(lambda: rooms.grant(name, count, evicting=False))
+        if granted is not None:
+            return granted
+        # others may have written much of what they reserved since somebody looked
+        held = self._call(rooms.unsettled)
+        stop = threading.Event()
+        measured = {one: taken(rooms.root, one, stop) for one in held}
+        self._call(lambda: rooms.written(measured))
+        granted = self._call(lambda: rooms.grant(name, count, evicting=True))
+        if granted is None:
+            raise ValueError("a grant that may evict either gives or raises")
+        trash = self._call(rooms.trash)
+        if trash:
+            rooms.remove_trash(trash, stop)
+            self._call(lambda: rooms.removed_trash(trash))
+        return granted
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the trio thread."""
+        if self._token is None or _in_trio(self._token):
+            return work()
+        try:
+            return trio.from_thread.run_sync(work, trio_token=self._token)
+        except trio.RunFinishedError as error:
+            raise Stopped from error
+
+
+def _in_trio(token: trio.lowlevel.TrioToken) -> bool:
+    try:
+        return trio.lowlevel.current_trio_token() is token
+    except RuntimeError:
+        return False
+
+
+class Rooms:
+    """Reserves. Belongs to the trio thread, but for what says otherwise."""
+
+    def __init__(self, space: Space, garbage: Garbage) -> None:
+        self.root = space.root
+        self._space = space
+        self._garbage = garbage
+        self._spare: dict[str, int] = {}
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    async def reserve(self, what: str, needs: Mapping[str, Need], whole: int) -> None:
+        """Reserve for contents and trees that the caller holds, before a byte of them is written.
+
+        What others reserved for the same content counts once. Evicts what is not in use, but
+        nothing where that would not be enough. ``what`` is named in errors, ``whole`` is what it
+        takes with all that it has already. Raises :class:`NoSpace` with the figures.
+        """
+        self._token = trio.lowlevel.current_trio_token()
+        never = self._space.never_fits(whole)
+        if never is not None:
+            raise never.error(f"{what} can never fit", "")
+        await self.settle(needs)
+        claims = {name: need.bytes for name, need in needs.items()}
+        self._make_room(what, claims)
+        for name, need in needs.items():
+            self._spare.setdefault(name, need.spare)
+        await self._garbage.empty_trash()
+
+    def _make_room(self, what: str, claims: Mapping[str, int]) -> None:
+        """Evict what is needed and claim; no checkpoint."""
+        shortage = self._space.shortage(claims)
+        if shortage is not None:
+            self._evict(what, shortage)
+        self._space.claim(claims)
+
+    def _evict(self, what: str, shortage: Shortage) -> None:
+        plan = self._garbage.plan(shortage.bytes)
+        if plan.bytes < shortage.bytes:
+            advice = "; nothing in the store can be evicted"
+            if plan.bytes:
+                advice = f"; evicting all that is not in use would give {bytes_text(plan.bytes)}"
+            raise shortage.error(f"{what} does not fit", advice)
+        self._garbage.evict(plan)
+
+    async def settle(self, also: Iterable[str] = ()) -> None:
+        """Measure what is promised, in a thread: what is worked on as written so far, the rest for
+        good. Raises :class:`ModelError`.
+        """
+        names = {*self._space.holdings.unsettled(), *also}
+        if not names:
+            return
+        with self._space.watched() as worked_on:
+            measured = await run_stoppable(
+                lambda stop: {name: self._taken(name, stop) for name in names}
+            )
+            self._space.believe(measured, worked_on)
+        for name in measured.keys() - self._space.holding():
+            self._spare.pop(name, None)
+
+    def _taken(self, name: str, stop: threading.Event) -> int:
+        try:
+            return taken(self.root, name, stop)
+        except OSError as error:
+            raise disk_error(error, self.root / name) from error
+
+    # -- growing -----------------------------------------------------------------------------------
+
+    def room(self, name: str) -> Room:
+        """A room for a content or a tree that is held. From any thread."""
+        return Room(self, name, self._token)
+
+    def grant(self, name: str, count: int, *, evicting: bool) -> int | None:
+        """So many bytes more for ``name``, or some more than that; None if they are not there.
+
+        With ``evicting`` it makes room or raises :class:`NoSpace`.
+        """
+        spare = self._spare.pop(name, 0)
+        if spare >= count:
+            return spare
+        recorded = self._space.holdings.get([name]).get(name, 0)
+        step = min(max(recorded // 16, _SMALLEST_STEP), _LARGEST_STEP)
+        for more in (max(count, step) - spare, count - spare):
+            claims = {name: recorded + more}
+            if self._space.shortage(claims) is None:
+                self._space.claim(claims)
+                return spare + more
+        self._spare[name] = spare
+        if not evicting:
+            return None
+        self._make_room(f"what {name} grows to", {name: recorded + count - spare})
+        del self._spare[name]
+        return count
+
+    def unsettled(self) -> list[str]:
+        """What is written to at the moment."""
+        held = self._space.holding()
+        return [name for name in self._space.holdings.unsettled() if name in held]
+
+    def written(self, measured: Mapping[str, int]) -> None:
+        """Take what a thread measured of what is written to."""
+        self._space.believe(measured, set(measured))
+
+    def trash(self) -> frozenset[str]:
+        """Names in the trash."""
+        return self._garbage.trash()
+
+    def remove_trash(self, names: frozenset[str], stop: threading.Event) -> None:
+        """Remove the files of names in the trash; for a worker thread."""
+        self._garbage.remove_trash(names, stop)
+
+    def removed_trash(self, names: frozenset[str]) -> None:
+        """Forget names of the trash whose files are gone."""
+        self._space.holdings.forget(names)
