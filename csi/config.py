@@ -130,6 +130,32 @@ class Config:
     require_digest: Annotated[
         bool, Rule("whether references have to name a digest, and tags alone are refused")
     ] = False
+    max_size: Annotated[
+        int | None,
+        Rule(
+            "bytes that everything below the root may take, records included; never passed",
+            values.check_max_size,
+            values.parse_size,
+        ),
+    ] = None
+    min_free: Annotated[
+        int,
+        Rule(
+            "bytes of the root's disk that are left free",
+            values.check_min_free,
+            values.parse_size,
+        ),
+    ] = 1024 * values.MIB
+    gc_high_watermark: Annotated[
+        int,
+        Rule(
+            "percent of max-size, else of the disk, above which unused models are evicted",
+            values.check_percent,
+        ),
+    ] = 80
+    gc_low_watermark: Annotated[
+        int, Rule("percent at which evicting unused models ends", values.check_percent)
+    ] = 70
     plain_http: Annotated[
         tuple[str, ...],
         Rule(
@@ -197,6 +223,13 @@ class Config:
                 for name, (value, origin) in given.items()
             }
         )
+        if config.gc_low_watermark > config.gc_high_watermark:
+            raise InvalidRequest(
+                f"gc-low-watermark is {config.gc_low_watermark} and gc-high-watermark "
+                f"{config.gc_high_watermark}: evicting has to end below where it begins",
+                setting="gc-low-watermark",
+            )
+        return config
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,19 @@ def check_models(patterns: tuple[str, ...]) -> str | None:
     return None
 
 
+def check_max_size(size: int | None) -> str | None:
+    # below that, the records alone leave no room for a model
+    return None if size is None or 8 * MIB <= size < 1 << 60 else "expected 8MiB or more"
+
+
+def check_min_free(size: int) -> str | None:
+    return None if 0 <= size < 1 << 60 else "expected 0 or more bytes"
+
+
+def check_percent(percent: int) -> str | None:
+    return None if 1 <= percent <= 100 else "expected 1 to 100"
+
+
 def check_ratio(ratio: int) -> str | None:
     return None if 1 <= ratio <= 100_000 else "expected 1 to 100000"
 

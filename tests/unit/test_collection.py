@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fetcher.store.collection import EVERYTHING, HeldContent, HeldTree, Plan, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Set
 
 NAMES = [f"c{number}" for number in range(6)]
 TIMES = st.integers(0, 9).map(float)
