@@ -66,6 +66,40 @@ def read_tar(
     return _Archive(_open(stream, packing, limits.max_bytes), limits).entries()
 
 
+class NotThere(Exception):
+    """Raised by a reader whose next bytes have not arrived; never reaches a user."""
+
+
+class TarWalk:
+    """Reads the headers of an uncompressed tar as they arrive, in any order, and no contents.
+
+    ``reader`` raises :class:`NotThere` for bytes that are still to come.
+    """
+
+    def __init__(self, reader: BoundedReader, limits: UnpackLimits) -> None:
+        self._archive = _Archive(reader, limits)
+
+    @property
+    def position(self) -> int:
+        """Where the headers begin that have not been read yet, by their end at the latest."""
+        return self._archive.mark[0]
+
+    @property
+    def reached(self) -> int:
+        """How far reading got, beyond :attr:`position` if something was missing there."""
+        return self._archive.reader.position
+
+    def advance(self) -> Iterator[tuple[Entry, int]]:
+        """The entries that can be read now, each with the offset of its content.
+
+        Ends at the end of the archive. Raises :class:`NotThere`, after which it may be called again
+        and goes on, and :class:`InvalidArtifact`.
+        """
+        self._archive.rewind()
+        for entry, _ in self._archive.entries():
+            yield entry, self._archive.reader.position
+
+
 def _open(stream: BinaryIO, packing: Packing, limit: int) -> BoundedReader:
     match packing:
         case Packing.TAR:
@@ -134,6 +168,8 @@ class _Archive:
 
     reader: BoundedReader
     limits: UnpackLimits
+    mark: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Where the last entry was done with, for :meth:`rewind`."""
     count: int = 0
     headers: int = 0
     names: int = 0
@@ -142,6 +178,7 @@ class _Archive:
 
     def entries(self) -> Iterator[tuple[Entry, BinaryIO | None]]:
         extensions = _Extensions()
+        self._set_mark()
         while (header := self._next_header()) is not None:
             if self._extend(extensions, header):
                 continue
@@ -154,8 +191,16 @@ class _Archive:
                 self._skip_padding(entry.size)
             elif entry is not None:
                 yield entry, None
+            self._set_mark()
         if not extensions.empty:
             raise InvalidArtifact("the layer's tar archive ends where an entry should follow")
+
+    def _set_mark(self) -> None:
+        self.mark = (self.reader.position, self.count, self.headers, self.names)
+
+    def rewind(self) -> None:
+        """Go back to after the last entry: the next :meth:`entries` go on from there."""
+        self.reader.position, self.count, self.headers, self.names = self.mark
 
     def _next_header(self) -> tar.Header | None:
         """The next header; ``None`` at the end, marked by zeros or (some tools) only by it."""

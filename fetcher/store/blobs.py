@@ -1,4 +1,4 @@
-"""Blobs below ``<root>/blobs``: sparse files that fill, chunk by chunk, until they are complete.
+"""Blobs on their way: they fill, chunk by chunk, until they are complete.
 
 Bytes here are *fetched* until the digest of the whole was verified; only the store turns a partial
 blob into a complete one, and only after its data was synchronised to the disk.
@@ -6,78 +6,52 @@ blob into a complete one, and only after its data was synchronised to the disk.
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-from fetcher.errors import ModelError, NoSpace
 from fetcher.ranges import Range, join_chunks
 from fetcher.store.chunks import ChunkMap
+from fetcher.store.disk import disk_error
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fetcher.oci import Digest
+    from fetcher.store.places import Place
 
 _VERIFY_BYTES: Final = 1024 * 1024
 _STOP_SECONDS: Final = 0.2
 """How long a waiting thread sleeps before it looks whether it should stop."""
 
-_SYNC_FILE_RANGE_WRITE: Final = 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_sync_file_range = _libc.sync_file_range
-_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-
-def disk_error(error: OSError, path: Path) -> ModelError:
-    """What a failed write means for the user."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            f"the disk below {path} is full: free some space there, or give the store another root",
-            path=path,
-        )
-    return ModelError(f"{path} cannot be used: {error.strerror or error}", path=path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in ``folder`` on the disk. Raises :class:`OSError`."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
 
 class PartialBlob:
-    """A blob on its way: its sparse file and its chunk map.
+    """A blob on its way: the place of its bytes and its chunk map.
 
-    Any number of threads may write different ranges of it and one may verify it at the same time;
-    who starts them sees to it that no two write the same range, and that all have ended before
-    :meth:`close`.
+    Any number of threads may write different ranges of it, one may verify it and one make
+    checkpoints at the same time; who starts them sees to it that no two write the same range, and
+    that all have ended before :meth:`close`.
     """
 
     def __init__(
-        self, path: Path, chunks: Path, digest: Digest, size: int, chunk_size: int
+        self, place: Place, chunks: Path, digest: Digest, size: int, chunk_size: int
     ) -> None:
         """Open what is there of the blob, or start it. Raises :class:`ModelError`."""
         self.digest = digest
         self.size = size
-        self._path = path
+        self._place = place
         self._arrival = threading.Condition()
         try:
-            # the map comes first: a blob without one counts as complete
-            self._chunks = ChunkMap(chunks, size, chunk_size)
+            self._chunks = ChunkMap(chunks, size, chunk_size, place.form)
             try:
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o444)
-                os.ftruncate(self._file, size)
-            except OSError:
+                if not place.open(size):
+                    self._chunks.clear()
+                place.begin(self._there)
+            except BaseException:
                 self._chunks.close()
                 raise
         except OSError as error:
-            raise disk_error(error, path) from error
+            raise disk_error(error, place.path) from error
         self.done = self._chunks.done()
         """Bytes that are there, in whole chunks."""
 
@@ -93,64 +67,89 @@ class PartialBlob:
         """Follow the arriving chunks in order and hash them; whether the whole is what it should
         be.
 
-        Reads while the bytes are still in the page cache. Raises :class:`fetcher.threads.Stopped`.
+        Reads while the bytes are still in the page cache, and moves framed chunks on the way.
+        Raises :class:`fetcher.threads.Stopped` and :class:`ModelError`.
         """
         hasher = self.digest.hasher()
         buffer = memoryview(bytearray(min(_VERIFY_BYTES, max(self.size, 1))))
-        offset = 0
-        while offset < self.size:
-            arrived = self._wait_past(offset, stop)
-            while offset < arrived:
-                if stop.is_set():
-                    raise Stopped
-                read = os.preadv(self._file, [buffer[: arrived - offset]], offset)
-                if read == 0:
-                    return False  # the file is shorter than its map says
-                hasher.update(buffer[:read])
-                offset += read
+        try:
+            for number in range(self._chunks.count):
+                self._wait_for(number, stop)
+                chunk, framed = self.chunk(number), self._chunks.is_framed(number)
+                offset = chunk.start
+                while offset < chunk.stop:
+                    if stop.is_set():
+                        raise Stopped
+                    wanted = buffer[: chunk.stop - offset]
+                    read = self._place.read(offset, wanted, framed=framed)
+                    if read == 0:
+                        return False  # the file is shorter than its map says
+                    hasher.update(wanted[:read])
+                    offset += read
+                if framed:
+                    self._settle(number, chunk)
+        except OSError as error:
+            raise disk_error(error, self._place.path) from error
         return hasher.hexdigest() == self.digest.hex
 
-    def _wait_past(self, offset: int, stop: threading.Event) -> int:
-        """Wait for the byte at ``offset``; how far the bytes go on from there."""
-        chunk = offset // self._chunks.chunk_size
+    def _settle(self, number: int, chunk: Range) -> None:
+        """Move a framed chunk where it belongs; a kill in between finds it in the frame still."""
+        self._place.settle(chunk)
+        self._chunks.mark(number)
+        self._place.release(chunk)
+
+    def _wait_for(self, chunk: int, stop: threading.Event) -> None:
+        if self._chunks.has(chunk):
+            return
         with self._arrival:
-            while (end := self._chunks.contiguous(chunk)) == chunk:
+            while not self._chunks.has(chunk):
                 if stop.is_set():
                     raise Stopped
                 self._arrival.wait(_STOP_SECONDS)
+
+    def _there(self, offset: int) -> int:
+        """Where the bytes that are there from ``offset`` on end."""
+        end = self._chunks.contiguous(offset // self._chunks.chunk_size)
         return min(end * self._chunks.chunk_size, self.size)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def knows(self, chunk: int) -> bool:
+        """Whether the place of ``chunk`` is known; it has to be written *framed* otherwise."""
+        return self._place.knows(self.chunk(chunk))
+
+    def write(self, offset: int, data: memoryview, *, framed: bool) -> None:
         """Put ``data`` at ``offset``. Raises :class:`ModelError`; says nothing of presence."""
-        view = memoryview(data)
         try:
-            while view:
-                written = os.pwrite(self._file, view, offset)
-                view = view[written:]
-                offset += written
+            self._place.write(offset, data, framed=framed)
         except OSError as error:
-            raise disk_error(error, self._path) from error
+            raise disk_error(error, self._place.path) from error
 
     def covers(self, wanted: Range) -> bool:
         """Whether all of ``wanted``, which is not empty, is there."""
-        first, last = wanted.start // self.chunk_size, (wanted.stop - 1) // self.chunk_size
-        return self._chunks.contiguous(first) > last
+        return self._there(wanted.start) >= wanted.stop
 
     def has(self, chunk: int) -> bool:
         """Whether ``chunk`` is there."""
         return self._chunks.has(chunk)
 
-    def mark(self, chunk: int) -> None:
-        """Say that ``chunk`` has been written, and have the kernel start to put it on the disk."""
-        length = self._chunks.length(chunk)
-        # only a hint that spreads the writing over the download: its failure costs time, not data
-        _sync_file_range(
-            self._file, chunk * self._chunks.chunk_size, length, _SYNC_FILE_RANGE_WRITE
-        )
+    def mark(self, number: int, *, framed: bool) -> None:
+        """Say that a chunk has been written, and have the kernel start to put it on the disk.
+
+        Raises :class:`ModelError`.
+        """
+        chunk = self.chunk(number)
+        try:
+            self._chunks.mark(number, framed=framed)
+            self._place.arrived(chunk, framed=framed)
+        except OSError as error:
+            raise disk_error(error, self._place.path) from error
         with self._arrival:
-            self._chunks.mark(chunk)
-            self.done += length
+            self.done += len(chunk)
             self._arrival.notify_all()
+
+    def chunk(self, number: int) -> Range:
+        """The bytes of a chunk."""
+        start = number * self._chunks.chunk_size
+        return Range(start, min(start + self._chunks.chunk_size, self.size))
 
     @property
     def chunk_size(self) -> int:
@@ -158,19 +157,35 @@ class PartialBlob:
         return self._chunks.chunk_size
 
     def checkpoint(self, _: threading.Event) -> None:
-        """Put on the disk what is there, so that a power loss does not take it."""
+        """Put on the disk what is there, and then the map that says so.
 
-    def finish(self, _: threading.Event) -> None:
-        """Wait until the data and the name are on the disk. Raises :class:`ModelError`."""
+        After a power loss the chunks of the last checkpoint are believed. Raises
+        :class:`ModelError`.
+        """
+        # what is marked now was written before, and is synchronised by what follows
+        marked = self._chunks.unsynced()
+        if not marked:
+            return
         try:
-            os.fsync(self._file)
-            sync_folder(self._path.parent)
+            self._place.sync()
+            self._chunks.mark_synced(marked)
         except OSError as error:
-            raise disk_error(error, self._path) from error
+            raise disk_error(error, self._place.path) from error
+
+    def finish(self, stop: threading.Event) -> None:
+        """Put data and names on the disk as they will stay, once the digest was right.
+
+        Raises :class:`fetcher.errors.InvalidArtifact` for a tar that is broken or hostile, other
+        :class:`ModelError`, and :class:`fetcher.threads.Stopped`.
+        """
+        try:
+            self._place.finish(stop)
+        except OSError as error:
+            raise disk_error(error, self._place.path) from error
 
     def close(self) -> None:
         """Release its descriptors; what is there stays."""
-        os.close(self._file)
+        self._place.close()
         self._chunks.close()
 
 
@@ -187,6 +202,7 @@ class ChunkSink:
         self._position = wanted.start
         self._stop = wanted.stop
         self._skipping = False
+        self._framed = False
 
     @property
     def remaining(self) -> Range:
@@ -209,15 +225,16 @@ class ChunkSink:
             return False
         view = memoryview(data)
         while view:
-            chunk, into = divmod(self._position, self._blob.chunk_size)
-            end = min((chunk + 1) * self._blob.chunk_size, self._blob.size)
-            piece = view[: end - self._position]
+            number, into = divmod(self._position, self._blob.chunk_size)
+            chunk = self._blob.chunk(number)
+            piece = view[: chunk.stop - self._position]
             if into == 0:
-                self._skipping = self._blob.has(chunk)
+                self._skipping = self._blob.has(number)
+                self._framed = not self._blob.knows(number)
             if not self._skipping:
-                self._blob.write(self._position, piece)
+                self._blob.write(self._position, piece, framed=self._framed)
             self._position += len(piece)
-            if self._position == end and not self._skipping:
-                self._blob.mark(chunk)
+            if self._position == chunk.stop and not self._skipping:
+                self._blob.mark(number, framed=self._framed)
             view = view[len(piece) :]
         return True

@@ -74,6 +74,13 @@ class Catalog:
         ).fetchone()
         return row is not None
 
+    def blob_size(self, digest: Digest) -> int | None:
+        """Bytes of a complete blob."""
+        row = self._database.connection.execute(
+            "SELECT size FROM blobs WHERE digest = ?", (str(digest),)
+        ).fetchone()
+        return None if row is None else int(row[0])
+
     def remove_blob(self, digest: Digest) -> None:
         """Forget a blob."""
         with self._database.transaction() as connection:

@@ -1,26 +1,36 @@
-"""Chunk maps: which chunks of a blob are there, one byte each, in a file that readers map.
+"""Chunk maps: which chunks of a blob are there, one byte each, in a file that readers may map.
 
 The file is a header of 64 bytes, then one byte per chunk. A chunk is marked only after its bytes
 were written, so a killed process loses nothing. Power loss may lose bytes whose mark survived: the
-header keeps the kernel's boot id, and a map of an earlier boot is not believed.
+header keeps the kernel's boot id, and in a map of an earlier boot only those chunks are believed
+that a checkpoint had put on the disk.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 HEADER_BYTES: Final = 64
-_HEADER: Final = struct.Struct("<8sQQ36s")
-_MAGIC: Final = b"MCSICHK1"
-ABSENT: Final = 0
-FETCHED: Final = 1
+_HEADER: Final = struct.Struct("<8sQQ36sB")
+_MAGIC: Final = b"MCSICHK2"
+_ABSENT: Final = b"\0"
+
+THERE: Final = 1
+"""The bit of every chunk whose bytes have been written."""
+SYNCED: Final = 2
+"""Its bytes are on the disk, where they belong: true after a power loss, too."""
+FRAMED: Final = 4
+"""Its bytes wait in the frame of a tar layer for the place that its headers give them."""
+
+_AFTER_POWER_LOSS: Final = bytes(
+    state if state & SYNCED and not state & FRAMED else 0 for state in range(256)
+)
 
 
 def boot_id() -> bytes:
@@ -28,58 +38,99 @@ def boot_id() -> bytes:
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
 
 
-def _chunk_size_of(descriptor: int, size: int) -> int | None:
-    """The chunk size of an open map, if it is one of a blob of ``size`` bytes and of this boot."""
-    header = os.pread(descriptor, _HEADER.size, 0)
-    if len(header) < _HEADER.size:
-        return None
-    magic, recorded, chunk_size, boot = _HEADER.unpack(header)
-    if (magic, recorded, boot) != (_MAGIC, size, boot_id()) or chunk_size < 1:
-        return None
-    length = HEADER_BYTES + -(-size // chunk_size)
-    return int(chunk_size) if os.fstat(descriptor).st_size == length else None
-
-
 class ChunkMap:
-    """The chunk map of one blob, open for writing. Not for two writers at once."""
+    """The chunk map of one blob, open for writing by one process.
 
-    def __init__(self, path: Path, size: int, chunk_size: int) -> None:
+    Its methods may be called from several threads for different chunks.
+    """
+
+    def __init__(self, path: Path, size: int, chunk_size: int, form: int = 0) -> None:
         """Open the map at ``path`` for a blob of ``size`` bytes; start anew where it is no use.
 
         A map that is there keeps its own chunk size, whatever is configured now. One of another
-        blob size or boot is emptied. Raises :class:`OSError`.
+        blob size, or of a blob that was laid out in another ``form``, is emptied. Raises
+        :class:`OSError`.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self.size = size
-            kept = _chunk_size_of(descriptor, size)
-            self.chunk_size = kept or chunk_size
+            kept = self._read(form)
+            self.chunk_size = chunk_size if kept is None else kept
             self.count = -(-size // self.chunk_size)
-            length = HEADER_BYTES + self.count
             if kept is None:
-                os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, length)
-                os.pwrite(descriptor, _HEADER.pack(_MAGIC, size, chunk_size, boot_id()), 0)
-            self._map = mmap.mmap(descriptor, length)
-        finally:
-            os.close(descriptor)
+                self._begin(form)
+        except BaseException:
+            os.close(self._file)
+            raise
 
-    def mark(self, chunk: int) -> None:
-        """Say that the bytes of ``chunk`` have been written."""
-        self._map[HEADER_BYTES + chunk] = FETCHED
+    def _read(self, form: int) -> int | None:
+        """Take over what the file says; the chunk size, None where it is no use."""
+        content = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        if len(content) < HEADER_BYTES:
+            return None
+        magic, size, chunk_size, boot, found = _HEADER.unpack_from(content)
+        if (magic, size, found) != (_MAGIC, self.size, form) or chunk_size < 1:
+            return None
+        if len(content) != HEADER_BYTES + -(-size // chunk_size):
+            return None
+        self._states = bytearray(content[HEADER_BYTES:])
+        if boot != boot_id():
+            self._states = bytearray(self._states.translate(_AFTER_POWER_LOSS))
+            # the marks go before the boot id comes: a second power loss in between finds the same
+            os.pwrite(self._file, self._states, HEADER_BYTES)
+            os.fsync(self._file)
+            self._write_header(chunk_size, form)
+        return int(chunk_size)
+
+    def _begin(self, form: int) -> None:
+        self._states = bytearray(self.count)
+        os.ftruncate(self._file, 0)
+        # zeros that are written take their room now, not when the disk has become full
+        os.pwrite(self._file, bytes(HEADER_BYTES) + self._states, 0)
+        self._write_header(self.chunk_size, form)
+
+    def _write_header(self, chunk_size: int, form: int) -> None:
+        os.pwrite(self._file, _HEADER.pack(_MAGIC, self.size, chunk_size, boot_id(), form), 0)
+
+    def clear(self) -> None:
+        """No chunk is there: the bytes are gone. Raises :class:`OSError`."""
+        self._states = bytearray(self.count)
+        os.pwrite(self._file, self._states, HEADER_BYTES)
+
+    def mark(self, chunk: int, *, framed: bool = False) -> None:
+        """Say that the bytes of ``chunk`` have been written. Raises :class:`OSError`."""
+        self._set(chunk, THERE | FRAMED if framed else THERE)
+
+    def mark_synced(self, chunks: Iterable[int]) -> None:
+        """Say that these chunks are on the disk, durably. Raises :class:`OSError`."""
+        for chunk in chunks:
+            self._set(chunk, THERE | SYNCED)
+        os.fsync(self._file)
+
+    def _set(self, chunk: int, state: int) -> None:
+        self._states[chunk] = state
+        os.pwrite(self._file, state.to_bytes(1, "little"), HEADER_BYTES + chunk)
 
     def has(self, chunk: int) -> bool:
         """Whether the bytes of ``chunk`` have been written."""
-        return self._map[HEADER_BYTES + chunk] != ABSENT
+        return self._states[chunk] != 0
+
+    def is_framed(self, chunk: int) -> bool:
+        """Whether the bytes of ``chunk`` wait in the frame."""
+        return bool(self._states[chunk] & FRAMED)
 
     def missing(self) -> Iterator[int]:
         """The numbers of the chunks that are not there, ascending."""
         return (chunk for chunk in range(self.count) if not self.has(chunk))
 
+    def unsynced(self) -> list[int]:
+        """The chunks that lie where they belong, and may not be on the disk yet."""
+        return [chunk for chunk, state in enumerate(bytes(self._states)) if state == THERE]
+
     def contiguous(self, chunk: int) -> int:
         """The first chunk at or after ``chunk`` that is not there; the count if there is none."""
-        found = self._map.find(ABSENT.to_bytes(1, "little"), HEADER_BYTES + chunk)
-        return self.count if found < 0 else found - HEADER_BYTES
+        found = self._states.find(_ABSENT, chunk)
+        return self.count if found < 0 else found
 
     def length(self, chunk: int) -> int:
         """Bytes in ``chunk``; the last one may be shorter."""
@@ -90,5 +141,5 @@ class ChunkMap:
         return sum(self.length(chunk) for chunk in range(self.count) if self.has(chunk))
 
     def close(self) -> None:
-        """Unmap it."""
-        self._map.close()
+        """Close it."""
+        os.close(self._file)

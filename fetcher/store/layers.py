@@ -1,15 +1,15 @@
-"""Unpacked tar layers: ``<root>/blobs/<algorithm>/<hex>.files``, an index and numbered files.
+"""The files of tar layers: ``<root>/blobs/<algorithm>/<hex>.files``, an index and numbered files.
 
-A layer is unpacked once, whatever number of models has it; their trees hard-link its files. The
-index is written last and renamed into place with its folder, so that half an unpacked layer is
-never taken for a whole one.
+A layer is laid out once, whatever number of models has it; their trees hard-link its files. The
+index is written last and renamed into place with its folder, so that half a layer is never taken
+for a whole one. An uncompressed tar was written straight into these files; what lies between them
+in the archive, headers and padding, is in ``frame``, so that the blob can still be read byte for
+byte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -17,35 +17,38 @@ import msgspec
 
 from fetcher.archives import read_tar
 from fetcher.artifacts import Entry, FileEntry, FolderEntry, HardLinkEntry, LinkEntry
-from fetcher.store.blobs import disk_error, sync_folder
+from fetcher.store.disk import finish_file, whole_folder, write_all, write_durably
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from fetcher.archives import UnpackLimits
     from fetcher.modelpack import Packing
 
 _COPY_BYTES: Final = 1024 * 1024
-_INDEX: Final = "index.json"
+INDEX: Final = "index.json"
+FRAME: Final = "frame"
 
 
 @dataclass(frozen=True, slots=True)
-class UnpackedFile:
-    """A regular file of an unpacked layer, and where its bytes lie."""
+class LayerFile:
+    """A regular file of a layer, and where its bytes lie."""
 
     entry: FileEntry
     source: Path
+    offset: int
+    """Where its bytes begin in the blob; -1 where the blob was compressed."""
 
 
 @dataclass(frozen=True, slots=True)
-class UnpackedLayer:
+class LayerFiles:
     """What a layer holds: entries in the archive's order, files with their place on the disk."""
 
     entries: tuple[Entry, ...]
-    files: tuple[UnpackedFile, ...]
+    files: tuple[LayerFile, ...]
 
 
 class _Record(msgspec.Struct, omit_defaults=True):
@@ -55,12 +58,14 @@ class _Record(msgspec.Struct, omit_defaults=True):
     executable: bool = False
     mtime_ns: int | None = None
     target: str = ""
+    offset: int = -1
 
 
-def _to_record(entry: Entry) -> _Record:
+def _to_record(entry: Entry, offset: int) -> _Record:
     match entry:
         case FileEntry():
-            return _Record("file", entry.path, entry.size, entry.executable, entry.mtime_ns)
+            executable, mtime_ns = entry.executable, entry.mtime_ns
+            return _Record("file", entry.path, entry.size, executable, mtime_ns, offset=offset)
         case FolderEntry():
             return _Record("folder", entry.path)
         case LinkEntry():
@@ -81,16 +86,25 @@ def _to_entry(record: _Record) -> Entry:
             return HardLinkEntry(record.path, record.target)
 
 
-def load_layer(folder: Path) -> UnpackedLayer:
-    """Read an unpacked layer back. Raises :class:`FileNotFoundError` if it is not there."""
-    records = msgspec.json.decode((folder / _INDEX).read_bytes(), type=list[_Record])
-    return _layer(folder, tuple(_to_entry(record) for record in records))
+def encode_index(entries: Iterable[tuple[Entry, int]]) -> bytes:
+    """The index of a layer: its entries, files with their offset in the blob or -1."""
+    return msgspec.json.encode([_to_record(entry, offset) for entry, offset in entries])
 
 
-def _layer(folder: Path, entries: tuple[Entry, ...]) -> UnpackedLayer:
-    regular = [entry for entry in entries if isinstance(entry, FileEntry)]
-    files = tuple(UnpackedFile(entry, folder / str(number)) for number, entry in enumerate(regular))
-    return UnpackedLayer(entries, files)
+def load_layer(folder: Path) -> LayerFiles:
+    """Read a layer's index back. Raises :class:`FileNotFoundError` if it is not there."""
+    records = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[_Record])
+    entries = tuple(_to_entry(record) for record in records)
+    regular = [
+        (entry, record.offset)
+        for entry, record in zip(entries, records, strict=True)
+        if isinstance(entry, FileEntry)
+    ]
+    files = tuple(
+        LayerFile(entry, folder / str(number), offset)
+        for number, (entry, offset) in enumerate(regular)
+    )
+    return LayerFiles(entries, files)
 
 
 def unpack_layer(
@@ -108,39 +122,16 @@ def unpack_layer(
     disk, and :class:`fetcher.threads.Stopped`.
     """
     with whole_folder(folder, mode=0o700) as scratch:
-        entries: list[Entry] = []
+        entries: list[tuple[Entry, int]] = []
         regular = 0
         with blob.open("rb", buffering=0) as stream:
             for entry, content in read_tar(stream, packing, limits):
                 check(entry)
-                entries.append(entry)
+                entries.append((entry, -1))
                 if isinstance(entry, FileEntry) and content is not None:
                     _write_file(scratch / str(regular), entry, content, stop)
                     regular += 1
-        records = msgspec.json.encode([_to_record(entry) for entry in entries])
-        _write_durably(scratch / _INDEX, records)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path, mode: int) -> Iterator[Path]:
-    """A folder to fill, which then becomes ``folder``, durably; or nothing of it stays.
-
-    Raises :class:`fetcher.errors.ModelError` for what goes wrong on the disk.
-    """
-    scratch = folder.with_name(folder.name + ".new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(mode=mode, parents=True)
-        yield scratch
-        sync_folder(scratch)
-        scratch.rename(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise disk_error(error, folder) from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_durably(scratch / INDEX, encode_index(entries))
 
 
 def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading.Event) -> None:
@@ -159,22 +150,3 @@ def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading
             left -= read
         finish_file(file.fileno(), executable=entry.executable, mtime_ns=entry.mtime_ns)
         os.fsync(file.fileno())
-
-
-def finish_file(descriptor: int, *, executable: bool, mtime_ns: int | None) -> None:
-    """Give a model's file the attributes that pods see: read-only, for everybody."""
-    os.fchmod(descriptor, 0o555 if executable else 0o444)
-    if mtime_ns is not None:
-        os.utime(descriptor, ns=(mtime_ns, mtime_ns))
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("xb", buffering=0) as file:
-        write_all(file.fileno(), memoryview(data))
-        os.fsync(file.fileno())
-
-
-def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of ``data``; a short write is not an error, only half the work."""
-    while data:
-        data = data[os.write(descriptor, data) :]

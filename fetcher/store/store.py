@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -11,10 +12,13 @@ from fetcher.artifacts import FileEntry, HardLinkEntry, Tree
 from fetcher.errors import InProgress, ModelError, NoSpace
 from fetcher.modelpack import Packing
 from fetcher.quantities import bytes_text
-from fetcher.store.blobs import PartialBlob, disk_error
+from fetcher.store.blobs import PartialBlob
 from fetcher.store.catalog import Catalog
 from fetcher.store.database import Database
-from fetcher.store.layers import load_layer, unpack_layer
+from fetcher.store.disk import disk_error
+from fetcher.store.layers import FRAME, load_layer, unpack_layer
+from fetcher.store.places import TarFiles, WholeFile
+from fetcher.store.stored import StoredBlob
 from fetcher.store.trees import ModelTree, build_tree, measure_tree
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from fetcher.archives import UnpackLimits
     from fetcher.modelpack import Layer, Model, Selection
     from fetcher.oci import Descriptor, Digest
+    from fetcher.store.places import Place
 
 _KEPT_FREE: Final = 64 * 1024 * 1024
 """Bytes that a pull leaves on the disk, for the database and whoever else writes there."""
@@ -83,6 +88,9 @@ class Store:
     def _chunks_path(self, digest: Digest) -> Path:
         return self.blob_path(digest).with_name(digest.hex + ".chunks")
 
+    def _parts_path(self, digest: Digest) -> Path:
+        return self.blob_path(digest).with_name(digest.hex + ".parts")
+
     def _files_path(self, digest: Digest) -> Path:
         return self.blob_path(digest).with_name(digest.hex + ".files")
 
@@ -99,22 +107,25 @@ class Store:
         return there
 
     def has_bytes(self, layer: Layer) -> bool:
-        """Whether the bytes of a layer's blob are all here, verified."""
-        return self.has_blob(layer.descriptor)
+        """Whether the bytes of a layer's blob are all here, verified, in whatever form."""
+        if self.has_blob(layer.descriptor):
+            return True
+        return (self._files_path(layer.descriptor.digest) / FRAME).exists()
 
     def open_partial(self, layer: Layer) -> PartialBlob:
         """Open what is there of an incomplete blob, to fill it. Raises :class:`ModelError`."""
         blob = layer.descriptor
-        path = self.blob_path(blob.digest)
+        path, chunks = self.blob_path(blob.digest), self._chunks_path(blob.digest)
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             # a complete blob's file without its record may be half written: it is not believed
-            if not self._chunks_path(blob.digest).exists():
+            if not chunks.exists():
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise disk_error(error, path) from error
-        chunks = self._chunks_path(blob.digest)
-        return PartialBlob(path, chunks, blob.digest, blob.size, self._chunk_size)
+        is_tar = layer.packing is Packing.TAR
+        place: Place = TarFiles(path, lambda _: None) if is_tar else WholeFile(path)
+        return PartialBlob(place, chunks, blob.digest, blob.size, self._chunk_size)
 
     def missing_bytes(self, blob: Descriptor) -> int:
         """Bytes of the blob that take new space on the disk when it is fetched."""
@@ -125,16 +136,29 @@ class Store:
         return max(blob.size - taken, 0)
 
     def complete_blob(self, layer: Layer) -> None:
-        """Record a blob that was verified and synchronised, and drop its chunk map."""
-        blob = layer.descriptor
-        self.catalog.add_blob(blob.digest, blob.size)
-        self._chunks_path(blob.digest).unlink(missing_ok=True)
+        """Record a blob that was verified and finished, and drop its chunk map."""
+        digest = layer.descriptor.digest
+        if layer.packing is Packing.TAR:
+            # its files are what there is of it now, and they are their own record
+            self.blob_path(digest).unlink(missing_ok=True)
+        else:
+            self.catalog.add_blob(digest, layer.descriptor.size)
+        self._chunks_path(digest).unlink(missing_ok=True)
 
     def discard_blob(self, digest: Digest) -> None:
         """Remove a blob whose bytes proved wrong."""
         self.catalog.remove_blob(digest)
         self.blob_path(digest).unlink(missing_ok=True)
         self._chunks_path(digest).unlink(missing_ok=True)
+        shutil.rmtree(self._parts_path(digest), ignore_errors=True)
+
+    def stored(self, digest: Digest) -> StoredBlob | None:
+        """A complete blob, to be read byte for byte; None if it is not here in that form."""
+        path, files = self.blob_path(digest), self._files_path(digest)
+        if (files / FRAME).exists():
+            return StoredBlob.of_files(files)
+        size = self.catalog.blob_size(digest)
+        return None if size is None else StoredBlob.of_file(path, size)
 
     def check_space(self, needed: int, what: str) -> None:
         """Raise :class:`NoSpace` unless ``needed`` more bytes fit on the disk."""
@@ -155,18 +179,21 @@ class Store:
         """Whether nothing of this layer needs to be fetched."""
         if layer.packing is Packing.RAW:
             return self.has_blob(layer.descriptor)
-        return self.has_unpacked(layer)
-
-    def has_unpacked(self, layer: Layer) -> bool:
-        """Whether this tar layer has been unpacked."""
         return self._files_path(layer.descriptor.digest).is_dir()
 
-    def unpack(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> None:
-        """Unpack a complete tar layer, in a worker thread; see :func:`unpack_layer`."""
+    def lay_out(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> None:
+        """Make a layer's content of its complete blob, in a worker thread; durable.
+
+        Unpacks what is compressed. Also brings a blob that is here in another form, as two models
+        may have one blob as a file and as a tar, into the form that this layer needs. Raises
+        :class:`fetcher.errors.InvalidArtifact`, ``NoSpace``, :class:`fetcher.threads.Stopped`.
+        """
         digest = layer.descriptor.digest
+        if layer.packing is Packing.RAW:
+            StoredBlob.of_files(self._files_path(digest)).copy_to(self.blob_path(digest), stop)
+            return
         # entries are checked among themselves here, and with those of the other layers in `plan`
         entries = Tree()
-
         unpack_layer(
             self.blob_path(digest),
             self._files_path(digest),
@@ -176,12 +203,16 @@ class Store:
             entries.add,
         )
 
-    def drop_packed(self, layer: Layer) -> None:
-        """Remove the blob of a layer that was unpacked: its files are what trees link to.
+    def laid_out(self, layer: Layer) -> None:
+        """Record what :meth:`lay_out` made, and drop what nobody needs beside it.
 
-        Kept where some tree shows the blob itself, as another model's raw layer.
+        The blob of an unpacked layer goes, as its files are what trees link to; but not where some
+        tree shows the blob itself, as another model's raw layer.
         """
         digest = layer.descriptor.digest
+        if layer.packing is Packing.RAW:
+            self.catalog.add_blob(digest, layer.descriptor.size)
+            return
         try:
             shown = self.blob_path(digest).stat().st_nlink > 1
         except FileNotFoundError:

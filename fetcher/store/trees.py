@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fetcher.artifacts import FileEntry, FolderEntry, HardLinkEntry, LinkEntry, Tree
-from fetcher.store.layers import finish_file, whole_folder
+from fetcher.store.disk import finish_file, whole_folder
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:

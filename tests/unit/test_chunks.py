@@ -14,6 +14,7 @@ from fetcher.ranges import Range
 from fetcher.store import chunks as chunks_module
 from fetcher.store.blobs import PartialBlob
 from fetcher.store.chunks import ChunkMap
+from fetcher.store.places import WholeFile
 from fetcher.threads import Stopped
 
 CHUNK = 64
@@ -21,7 +22,8 @@ CHUNK = 64
 
 def _blob(folder: Path, data: bytes, digest: Digest | None = None) -> PartialBlob:
     wanted = digest or Digest.of(data)
-    return PartialBlob(folder / "blob", folder / "blob.chunks", wanted, len(data), CHUNK)
+    place = WholeFile(folder / "blob")
+    return PartialBlob(place, folder / "blob.chunks", wanted, len(data), CHUNK)
 
 
 def test_marks_survive_reopening(tmp_path: Path) -> None:
@@ -56,16 +58,56 @@ def test_a_map_keeps_its_chunk_size(tmp_path: Path) -> None:
     two.close()
 
 
-def test_a_map_of_an_earlier_boot_is_not_believed(
+def test_after_a_power_loss_only_what_a_checkpoint_synced_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = ChunkMap(tmp_path / "map", 10 * CHUNK, CHUNK)
+    for chunk in (3, 4, 5):
+        one.mark(chunk)
+    one.mark(6, framed=True)
+    one.mark_synced([3, 5])
+    one.close()
+    for boot in (b"0" * 36, b"0" * 36, b"1" * 36):
+        monkeypatch.setattr(chunks_module, "boot_id", lambda boot=boot: boot)
+        two = ChunkMap(tmp_path / "map", 10 * CHUNK, CHUNK)
+        assert [chunk for chunk in range(10) if two.has(chunk)] == [3, 5]
+        two.close()
+
+
+def test_a_map_of_a_blob_in_another_form_is_not_believed(tmp_path: Path) -> None:
+    one = ChunkMap(tmp_path / "map", 10 * CHUNK, CHUNK, form=1)
     one.mark(3)
     one.close()
-    monkeypatch.setattr(chunks_module, "boot_id", lambda: b"0" * 36)
-    two = ChunkMap(tmp_path / "map", 10 * CHUNK, CHUNK)
+    two = ChunkMap(tmp_path / "map", 10 * CHUNK, CHUNK, form=2)
     assert two.done() == 0
     two.close()
+
+
+def test_a_map_whose_bytes_are_gone_is_not_believed(tmp_path: Path) -> None:
+    content = os.urandom(3 * CHUNK)
+    for lose in (lambda: (tmp_path / "blob").unlink(), lambda: os.truncate(tmp_path / "blob", 5)):
+        blob = _blob(tmp_path, content)
+        assert blob.sink(Range(0, 3 * CHUNK))(content)
+        blob.close()
+        lose()
+        again = _blob(tmp_path, content)
+        assert again.done == 0
+        again.close()
+
+
+def test_a_checkpoint_saves_what_is_there_from_a_power_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(8 * CHUNK)
+    blob = _blob(tmp_path, content)
+    assert blob.sink(Range(0, 3 * CHUNK))(content[: 3 * CHUNK])
+    blob.checkpoint(threading.Event())
+    assert blob.sink(Range(3 * CHUNK, 5 * CHUNK))(content[3 * CHUNK : 5 * CHUNK])
+    blob.close()
+    monkeypatch.setattr(chunks_module, "boot_id", lambda: b"0" * 36)
+    again = _blob(tmp_path, content)
+    assert again.missing() == [Range(3 * CHUNK, 8 * CHUNK)]
+    again.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"x", os.urandom(200), b"\0" * 5000])

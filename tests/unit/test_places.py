@@ -1,0 +1,255 @@
+"""Tar layers written straight into their files: any order of arrival, any kill, the same bytes."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fetcher.errors import InvalidArtifact, NoSpace
+from fetcher.oci import Digest
+from fetcher.ranges import Range
+from fetcher.store import chunks as chunks_module
+from fetcher.store.blobs import PartialBlob
+from fetcher.store.layers import load_layer
+from fetcher.store.places import TarFiles
+from fetcher.store.stored import StoredBlob
+from tests.support.models import END, Member, folder, hard_link, header_block, make_tar, symlink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CHUNK = 4096
+GO_ON = threading.Event()
+
+
+def _nothing(_: int) -> None:
+    """Room without end."""
+
+
+def _open(
+    place: Path, data: bytes, grow: Callable[[int], None] = _nothing, chunk_size: int = CHUNK
+) -> PartialBlob:
+    files = TarFiles(place / "blob", grow)
+    return PartialBlob(files, place / "blob.chunks", Digest.of(data), len(data), chunk_size)
+
+
+def _send(blob: PartialBlob, data: bytes, piece: Range) -> None:
+    assert blob.sink(piece)(data[piece.start : piece.stop])
+
+
+def _chunks(blob: PartialBlob) -> list[Range]:
+    return [piece for missing in blob.missing() for piece in missing.split(blob.chunk_size)]
+
+
+def _contents(place: Path) -> dict[str, bytes]:
+    return {file.entry.path: file.source.read_bytes() for file in load_layer(place).files}
+
+
+def _check_complete(place: Path, archive: bytes, files: dict[str, bytes]) -> None:
+    assert _contents(place / "blob.files") == files
+    stored = StoredBlob.of_files(place / "blob.files")
+    assert stored.size == len(archive)
+    assert b"".join(bytes(block) for block in stored.blocks(GO_ON)) == archive
+    assert stored.matches(Digest.of(archive), GO_ON)
+    assert not (place / "blob.parts").exists()
+
+
+names = st.integers(0, 10**6).map(lambda number: f"folder/file-{number}")
+long_names = st.integers(0, 10**6).map(lambda number: f"{'long/' * 60}file-{number}")
+contents = st.one_of(
+    st.binary(max_size=2000),
+    st.integers(0, 6 * CHUNK).map(lambda size: os.urandom(8) * (size // 8) + b"x" * (size % 8)),
+)
+archives = st.dictionaries(st.one_of(names, long_names), contents, max_size=12)
+
+
+@given(archives, st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), st.data())
+def test_a_tar_is_whole_however_it_arrives_and_is_interrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+    files: dict[str, bytes],
+    format: int,
+    data: st.DataObject,
+) -> None:
+    place = tmp_path_factory.mktemp("layer")
+    archive = make_tar([Member(name, content) for name, content in files.items()], format)
+    chunk_size = data.draw(st.sampled_from([512, 700, CHUNK]))
+    blob = _open(place, archive, chunk_size=chunk_size)
+    boots = 0
+    with pytest.MonkeyPatch.context() as patch:
+        while pieces := _chunks(blob):
+            order = data.draw(st.permutations(pieces))
+            for piece in order[: data.draw(st.integers(1, len(order)))]:
+                _send(blob, archive, piece)
+            if data.draw(st.booleans()):
+                blob.checkpoint(GO_ON)
+            match data.draw(st.sampled_from(["go on", "kill", "power loss"])):
+                case "kill":
+                    blob.close()
+                    blob = _open(place, archive, chunk_size=chunk_size)
+                case "power loss" if boots < 3:
+                    boots += 1
+                    blob.close()
+                    patch.setattr(chunks_module, "boot_id", lambda boot=boots: b"%036d" % boot)
+                    blob = _open(place, archive, chunk_size=chunk_size)
+        assert blob.done == len(archive)
+        assert blob.verify(GO_ON)
+        if data.draw(st.booleans()):
+            # killed after verification, before it was recorded
+            blob.close()
+            blob = _open(place, archive, chunk_size=chunk_size)
+            assert blob.verify(GO_ON)
+        blob.finish(GO_ON)
+        blob.close()
+    _check_complete(place, archive, files)
+
+
+def test_verification_moves_what_arrived_before_its_headers(tmp_path: Path) -> None:
+    files = {f"file-{number}": os.urandom(3 * CHUNK + number) for number in range(40)}
+    archive = make_tar([Member(name, content) for name, content in files.items()])
+    blob = _open(tmp_path, archive)
+    outcome: list[bool] = []
+    verifying = threading.Thread(target=lambda: outcome.append(blob.verify(GO_ON)))
+    verifying.start()
+    pieces = list(Range(0, len(archive)).split(8 * CHUNK))
+    senders = [
+        threading.Thread(target=lambda n=number: [_send(blob, archive, p) for p in pieces[n::4]])
+        for number in (3, 2, 1, 0)
+    ]
+    for sender in senders:
+        sender.start()
+    for thread in (*senders, verifying):
+        thread.join()
+    assert outcome == [True]
+    blob.finish(GO_ON)
+    blob.close()
+    _check_complete(tmp_path, archive, files)
+
+
+def _taken(folder: Path) -> int:
+    """Bytes that everything in ``folder`` takes on the disk."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_a_tar_never_takes_its_size_twice(tmp_path: Path, order: str) -> None:
+    chunk = 256 * 1024
+    files = {f"shard-{number}": os.urandom(8 * 1024 * 1024) for number in range(4)}
+    archive = make_tar([Member(name, content) for name, content in files.items()])
+    blob = _open(tmp_path, archive, chunk_size=chunk)
+    pieces = _chunks(blob)
+    peak = 0
+    for piece in pieces if order == "ascending" else reversed(pieces):
+        _send(blob, archive, piece)
+        peak = max(peak, _taken(tmp_path))
+    assert blob.verify(GO_ON)
+    peak = max(peak, _taken(tmp_path))
+    blob.finish(GO_ON)
+    peak = max(peak, _taken(tmp_path))
+    blob.close()
+    assert peak <= 1.02 * len(archive)
+    _check_complete(tmp_path, archive, files)
+
+
+def test_a_chunk_inside_of_a_file_is_written_where_it_stays(tmp_path: Path) -> None:
+    content = os.urandom(20 * CHUNK)
+    archive = make_tar([Member("model.safetensors", content)])
+    blob = _open(tmp_path, archive)
+    _send(blob, archive, Range(0, CHUNK))
+    _send(blob, archive, Range(8 * CHUNK, 12 * CHUNK))
+    part = (tmp_path / "blob.parts/0").read_bytes()
+    header = len(archive) - archive[::-1].index(content[::-1]) - len(content)
+    assert part[8 * CHUNK - header : 12 * CHUNK - header] == archive[8 * CHUNK : 12 * CHUNK]
+    assert (tmp_path / "blob").stat().st_blocks * 512 <= 2 * CHUNK
+    blob.close()
+
+
+def test_entries_keep_their_kind(tmp_path: Path) -> None:
+    archive = make_tar(
+        [
+            folder("bin"),
+            Member("bin/run", b"#!", mode=0o755),
+            Member("empty"),
+            hard_link("again", "bin/run"),
+            symlink("link", "bin/run"),
+        ]
+    )
+    blob = _open(tmp_path, archive)
+    _send(blob, archive, Range(0, len(archive)))
+    assert blob.verify(GO_ON)
+    blob.finish(GO_ON)
+    blob.close()
+    layer = load_layer(tmp_path / "blob.files")
+    assert [entry.path for entry in layer.entries] == ["bin", "bin/run", "empty", "again", "link"]
+    modes = [file.source.stat().st_mode & 0o777 for file in layer.files]
+    assert modes == [0o555, 0o444]
+
+
+HOSTILE = {
+    "escape": make_tar([Member("a", b"x"), Member("../b", b"y")]),
+    "cut off": make_tar([Member("a", b"x" * 5000)])[:3000],
+    "no tar": b"x" * 3000,
+    "twice": make_tar([Member("a", b"x"), Member("a", b"y")]),
+    "loop": make_tar([symlink("a", "b"), symlink("b", "a")]),
+    "followed": make_tar([Member("a", b"x")]) + header_block(b"b") + END,
+    "endless": header_block(b"a", b"\x80" + b"\xff" * 11) + END,
+    "beyond": header_block(b"a", 10**9) + b"x" * 2000 + END,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("archive", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_tar_is_refused_once_its_digest_is_right(tmp_path: Path, archive: bytes) -> None:
+    # wrong bytes look hostile as well: until the digest is known, nobody is accused
+    for _ in range(2):
+        blob = _open(tmp_path, archive, chunk_size=512)
+        for piece in reversed(_chunks(blob)):
+            _send(blob, archive, piece)
+        assert blob.verify(GO_ON)
+        with pytest.raises(InvalidArtifact):
+            blob.finish(GO_ON)
+        blob.close()
+    assert not (tmp_path / "blob.files").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "blob",
+        "blob.chunks",
+        "blob.parts",
+    ]
+
+
+def test_zeros_after_the_end_are_not_read_again_with_every_chunk(tmp_path: Path) -> None:
+    archive = make_tar([Member("a", b"x")]) + bytes(64 * 1024 * 1024)
+    blob = _open(tmp_path, archive, chunk_size=1024 * 1024)
+    for piece in _chunks(blob):
+        _send(blob, archive, piece)
+    assert blob.verify(GO_ON)
+    blob.finish(GO_ON)
+    blob.close()
+    _check_complete(tmp_path, archive, {"a": b"x"})
+
+
+def test_what_a_layer_takes_beyond_its_size_is_asked_for(tmp_path: Path) -> None:
+    files = {f"file-{number}": b"x" for number in range(200)}
+    archive = make_tar([Member(name, content) for name, content in files.items()])
+    asked: list[int] = []
+    blob = _open(tmp_path, archive, asked.append)
+    _send(blob, archive, Range(0, len(archive)))
+    assert blob.verify(GO_ON)
+    blob.finish(GO_ON)
+    blob.close()
+    assert len(archive) + sum(asked) >= _taken(tmp_path)
+
+    def refuse(_: int) -> None:
+        raise NoSpace("no room")
+
+    (tmp_path / "small").mkdir()
+    blob = _open(tmp_path / "small", archive, refuse)
+    with pytest.raises(NoSpace):
+        _send(blob, archive, Range(0, len(archive)))
+    blob.close()
