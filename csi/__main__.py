@@ -17,8 +17,10 @@ from csi.agent_calls import AgentCalls, AgentFacts
 from csi.agent_client import Patience, take_over
 from csi.cli.app import main as run_command
 from csi.cli.program import Program
+from csi.pins import pinned_trees
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
+from fetcher.collector import keep_in_order
 from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.download import DownloadSettings
 from fetcher.jobs import Jobs
@@ -26,7 +28,7 @@ from fetcher.policy import ReferencePolicy
 from fetcher.proxies import Proxies
 from fetcher.pull import Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
-from fetcher.store import Store
+from fetcher.store import Limits, Store
 from fetcher.transport import TransferSettings
 
 if TYPE_CHECKING:
@@ -63,15 +65,15 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
     Raises :class:`fetcher.errors.InProgress` while another process has the store.
     """
     with contextlib.ExitStack() as closing:
-        store = Store.open(config.root, config.chunk_size)
+        store = Store.open(config.root, config.chunk_size, limits(config))
         closing.callback(store.close)
         async with open_registry(config) as registry, trio.open_nursery() as downloads:
             jobs = Jobs(store, registry, download_settings(config), downloads)
             closing.callback(jobs.close)
             pulls = Pulls(store, registry, jobs, pull_settings(config), downloads)
-            volumes = Volumes(
-                VolumeRecords(store.database), pulls, store.models_folder, config.kubelet_dir
-            )
+            records = VolumeRecords(store.database)
+            store.garbage.pin(lambda: pinned_trees(records, store.models_folder))
+            volumes = Volumes(records, pulls, store.models_folder, config.kubelet_dir)
             keychain = node_keychain(config)
             calls = AgentCalls(
                 store=store,
@@ -138,6 +140,13 @@ def pull_settings(config: Config) -> PullSettings:
     )
 
 
+def limits(config: Config) -> Limits:
+    """How much of the disk is the store's."""
+    return Limits(
+        config.max_size, config.min_free, config.gc_high_watermark, config.gc_low_watermark
+    )
+
+
 def node_keychain(config: Config) -> Keychain:
     """The node's own credentials: those of its docker config, which may come later or never."""
     return DockerConfig(config.docker_config or docker_config_path(os.environ))
@@ -158,6 +167,7 @@ async def serve(config: Config) -> None:
         with listening(config.root) as listener:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(AgentServer(node.calls, hand_over=None).serve, listener)
+                nursery.start_soon(keep_in_order, node.store)
                 await nursery.start(Server(config.socket_path, services(node)).serve)
                 logger.info(
                     "serving on %s, root %s, driver %s, mode %s, version %s",

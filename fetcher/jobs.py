@@ -108,7 +108,7 @@ class Jobs:
         """Run one job to its end; its failures belong to its waiters, never to the nursery."""
         digest = job.layer.descriptor.digest
         try:
-            with job.scope:
+            with self._store.held_content(digest), job.scope:
                 if job.previous is not None:
                     await job.previous.finished.wait()
                     job.previous = None

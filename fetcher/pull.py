@@ -31,7 +31,7 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
-from fetcher.modelpack import Packing, read_model
+from fetcher.modelpack import read_model
 from fetcher.policy import PullPolicy, ReferencePolicy
 from fetcher.threads import run_stoppable
 
@@ -326,32 +326,33 @@ class Pulls:
             pull.finished.set()
 
     async def _pull(self, pull: Pull) -> ModelTree:
-        model, selection = pull.resolved.model, pull.selection
-        tree = self._store.tree(model.digest, selection)
+        try:
+            with self._store.held(pull.resolved.model, pull.selection):
+                tree = await self._build(pull)
+        finally:
+            self._store.garbage.ask()
+        # what was reserved and is not taken is there for others as soon as this pull has ended
+        await self._store.rooms.settle()
+        return tree
+
+    async def _build(self, pull: Pull) -> ModelTree:
+        """Reserve, fetch, build, record; what is there already is used."""
+        model, selection, store = pull.resolved.model, pull.selection, self._store
+        tree = store.tree(model.digest, selection)
         if tree is not None:
-            self._store.catalog.touch_model(model.digest, selection.key)
+            store.catalog.touch_model(model.digest, selection.key)
             return tree
+        await store.reserve(str(pull.resolved.reference), model, selection)
         layers = {
             layer.descriptor.digest: layer for layer in model.layers if selection.wants_layer(layer)
         }
-        missing = [layer for layer in layers.values() if not self._store.has_content(layer)]
+        missing = [layer for layer in layers.values() if not store.has_content(layer)]
         pull.complete.update(layers.keys() - {layer.descriptor.digest for layer in missing})
-        self._check_space(pull.resolved.reference, missing)
         await self._fetch_layers(pull, missing)
-        planned = await run_stoppable(lambda _: self._store.plan(model, selection))
-        tree = await run_stoppable(lambda stop: self._store.build(model, selection, planned, stop))
-        self._store.add_tree(tree, selection)
+        planned = await run_stoppable(lambda _: store.plan(model, selection))
+        tree = await run_stoppable(lambda stop: store.build(model, selection, planned, stop))
+        store.add_tree(tree, model, selection)
         return tree
-
-    def _check_space(self, reference: Reference, missing: list[Layer]) -> None:
-        needed = 0
-        for layer in missing:
-            needed += self._store.missing_bytes(layer.descriptor)
-            if layer.packing is not Packing.RAW:
-                # what it unpacks to is at least its own size, but for text; that shows later
-                needed += layer.descriptor.size
-        if needed:
-            self._store.check_space(needed, str(reference))
 
     async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
         """Fetch and unpack layers, several at a time. The first failure stops the others."""

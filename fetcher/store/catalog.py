@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 from fetcher.oci import Digest, Manifest, parse_manifest
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from fetcher.oci import Reference
     from fetcher.store.database import Database
 
@@ -81,6 +83,11 @@ class Catalog:
         ).fetchone()
         return None if row is None else int(row[0])
 
+    def blobs(self) -> list[Digest]:
+        """All blobs that are complete, by the records."""
+        rows = self._database.connection.execute("SELECT digest FROM blobs")
+        return [Digest.parse(digest) for (digest,) in rows]
+
     def remove_blob(self, digest: Digest) -> None:
         """Forget a blob."""
         with self._database.transaction() as connection:
@@ -117,6 +124,53 @@ class Catalog:
                 "UPDATE models SET used = ? WHERE digest = ? AND selection = ?",
                 (time.time(), str(digest), selection),
             )
+
+    def trees(self) -> list[tuple[Digest, str, float]]:
+        """Model, selection and time of the last use of all recorded trees."""
+        rows = self._database.connection.execute("SELECT digest, selection, used FROM models")
+        return [(Digest.parse(digest), selection, used) for digest, selection, used in rows]
+
+    def layers(self, digest: Digest) -> list[Digest]:
+        """The blobs of all layers of a model; nothing where its manifest is not here."""
+        row = self._database.connection.execute(
+            "SELECT media_type, body FROM manifests WHERE digest = ? LIMIT 1", (str(digest),)
+        ).fetchone()
+        if row is None or not digest.matches(row[1]):
+            return []
+        manifest = parse_manifest(row[1], row[0])
+        if not isinstance(manifest, Manifest):
+            return []
+        return [layer.digest for layer in manifest.layers]
+
+    def named(self, reference: Reference) -> Digest | None:
+        """The model that a tag last led to here, or that a digest names, its own or an index's."""
+        top = reference.digest or self.resolved(reference)
+        if top is None:
+            return None
+        row = self._database.connection.execute(
+            "SELECT digest FROM manifests WHERE top = ?", (str(top),)
+        ).fetchone()
+        return top if row is None else Digest.parse(row[0])
+
+    @staticmethod
+    def forget_blob(connection: sqlite3.Connection, digest: Digest) -> None:
+        """Within a transaction: a blob is not complete any more."""
+        connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),))
+
+    @staticmethod
+    def forget_tree(
+        connection: sqlite3.Connection, digest: Digest, selection: str, *, keep: bool
+    ) -> None:
+        """Within a transaction: a tree is gone.
+
+        With a model's last tree go its manifest, its tags and who may read it; not with ``keep``,
+        as where it is being pulled again.
+        """
+        connection.execute(
+            "DELETE FROM models WHERE digest = ? AND selection = ?", (str(digest), selection)
+        )
+        if not keep:
+            forget_model(connection, digest)
 
     def models(self) -> list[StoredModel]:
         """All recorded trees, last used first."""
@@ -191,3 +245,17 @@ class Catalog:
             return None
         manifest = parse_manifest(row[2], row[1])
         return manifest if isinstance(manifest, Manifest) else None
+
+
+def forget_model(connection: sqlite3.Connection, digest: Digest) -> None:
+    """Within a transaction: forget what led to a model, if it has no tree any more."""
+    row = connection.execute("SELECT 1 FROM models WHERE digest = ?", (str(digest),)).fetchone()
+    if row is not None:
+        return
+    tops = "(SELECT top FROM manifests WHERE digest = ?)"
+    for table in ("tags", "accesses"):
+        connection.execute(
+            f"DELETE FROM {table} WHERE digest IN {tops}",  # noqa: S608 (constants)
+            (str(digest),),
+        )
+    connection.execute("DELETE FROM manifests WHERE digest = ?", (str(digest),))

@@ -11,12 +11,15 @@ import sqlite3
 from typing import TYPE_CHECKING, Final
 
 from fetcher.errors import ModelError, NoSpace, Unsupported
+from fetcher.store.migrations import upgrade_from_1
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+_CHECKPOINT_PAGES: Final = 256
+"""After which the log is written back: it counts to what the store may take."""
 
 
 class Database:
@@ -36,6 +39,7 @@ class Database:
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA foreign_keys = ON")
+        execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         (version,) = execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             self.connection.close()
@@ -43,7 +47,11 @@ class Database:
                 f"{self._path} was written by a newer model-csi (its schema is {version}, this "
                 f"program knows {SCHEMA_VERSION}): run the newer version, or use another root"
             )
-        execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version != SCHEMA_VERSION:
+            with self.transaction() as connection:
+                if version == 1:
+                    upgrade_from_1(connection)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -45,16 +45,18 @@ def tree_name(model: Digest, selection: str) -> str:
 
 def tree_of(name: str) -> tuple[Digest, str] | None:
     """Model and selection of a tree's name; None for what is not one of ours."""
-    kind, algorithm, last = name.split("/")
-    encoded, _, selection = last.partition(".")
-    digest = _digest(algorithm, encoded)
-    return (digest, selection) if kind == MODELS and digest is not None else None
+    if not name.startswith(f"{MODELS}/"):
+        return None
+    encoded, _, selection = name.rpartition("/")[2].partition(".")
+    digest = _digest(name.split("/")[1], encoded)
+    return None if digest is None else (digest, selection)
 
 
 def content_of(name: str) -> Digest | None:
     """The digest of a content's name; None for what is not one of ours."""
-    kind, algorithm, encoded = name.split("/")
-    return _digest(algorithm, encoded) if kind == BLOBS else None
+    if not name.startswith(f"{BLOBS}/"):
+        return None
+    return _digest(name.split("/")[1], name.rpartition("/")[2])
 
 
 def _digest(algorithm: str, encoded: str) -> Digest | None:
@@ -138,8 +140,8 @@ def listing(root: Path, kind: str) -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
     top = root / kind
-    folders = [""] if kind == TRASH else [f"{entry.name}/" for entry in os.scandir(top)]
-    for folder in folders:
+    inner = [f"{entry.name}/" for entry in os.scandir(top) if entry.is_dir(follow_symlinks=False)]
+    for folder in [""] if kind == TRASH else inner:
         for entry in os.scandir(top / folder):
             name, suffix = _split(entry.name, kind)
             found.setdefault(f"{kind}/{folder}{name}", set()).add(suffix)

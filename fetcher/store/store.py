@@ -9,21 +9,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from fetcher.artifacts import FileEntry, HardLinkEntry, Tree
-from fetcher.errors import InProgress, ModelError, NoSpace
+from fetcher.errors import InProgress, ModelError
 from fetcher.modelpack import Packing
-from fetcher.quantities import bytes_text
 from fetcher.store.blobs import PartialBlob
 from fetcher.store.catalog import Catalog
 from fetcher.store.database import Database
 from fetcher.store.disk import disk_error
+from fetcher.store.footprint import BLOBS, MODELS, TRASH, content_name, tree_name
+from fetcher.store.garbage import Garbage
+from fetcher.store.holdings import Holdings
 from fetcher.store.layers import FRAME, load_layer, unpack_layer
+from fetcher.store.orphans import Orphans
 from fetcher.store.places import TarFiles, WholeFile
+from fetcher.store.rooms import TREE_BYTES, Need, Room, Rooms, need_of
+from fetcher.store.space import Limits, Space
 from fetcher.store.stored import StoredBlob
 from fetcher.store.trees import ModelTree, build_tree, measure_tree
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from fetcher.archives import UnpackLimits
@@ -31,8 +37,8 @@ if TYPE_CHECKING:
     from fetcher.oci import Descriptor, Digest
     from fetcher.store.places import Place
 
-_KEPT_FREE: Final = 64 * 1024 * 1024
-"""Bytes that a pull leaves on the disk, for the database and whoever else writes there."""
+NO_CAP: Final = Limits()
+"""As much as the disk has, but for a floor."""
 
 
 class Store:
@@ -42,15 +48,21 @@ class Store:
     thread, and are short.
     """
 
-    def __init__(self, root: Path, lock: int, database: Database, chunk_size: int) -> None:
+    def __init__(
+        self, root: Path, lock: int, database: Database, chunk_size: int, limits: Limits
+    ) -> None:
         self.root = root
         self.database = database
         self.catalog = Catalog(database)
+        self.space = Space(root, Holdings(database), limits)
+        self.garbage = Garbage(database, self.catalog, self.space)
+        self.rooms = Rooms(self.space, self.garbage)
+        self.orphans = Orphans(self.catalog, self.space, self.garbage, self.rooms)
         self._lock = lock
         self._chunk_size = chunk_size
 
     @classmethod
-    def open(cls, root: Path, chunk_size: int = 4 * 1024 * 1024) -> Store:
+    def open(cls, root: Path, chunk_size: int = 4 * 1024 * 1024, limits: Limits = NO_CAP) -> Store:
         """Open the store at ``root``, made if it is not there. One process at a time.
 
         Its cost does not grow with what the store holds. Raises :class:`InProgress` when another
@@ -58,13 +70,13 @@ class Store:
         """
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("blobs", "models"):
+            for name in (BLOBS, MODELS, TRASH):
                 (root / name).mkdir(mode=0o700, exist_ok=True)
             lock = _lock(root / "lock")
         except OSError as error:
             raise disk_error(error, root) from error
         try:
-            return cls(root, lock, Database(root / "state.db"), chunk_size)
+            return cls(root, lock, Database(root / "state.db"), chunk_size, limits)
         except BaseException:
             os.close(lock)
             raise
@@ -124,7 +136,8 @@ class Store:
         except OSError as error:
             raise disk_error(error, path) from error
         is_tar = layer.packing is Packing.TAR
-        place: Place = TarFiles(path, lambda _: None) if is_tar else WholeFile(path)
+        grow = self.room(blob.digest).grow
+        place: Place = TarFiles(path, grow) if is_tar else WholeFile(path)
         return PartialBlob(place, chunks, blob.digest, blob.size, self._chunk_size)
 
     def missing_bytes(self, blob: Descriptor) -> int:
@@ -160,18 +173,40 @@ class Store:
         size = self.catalog.blob_size(digest)
         return None if size is None else StoredBlob.of_file(path, size)
 
-    def check_space(self, needed: int, what: str) -> None:
-        """Raise :class:`NoSpace` unless ``needed`` more bytes fit on the disk."""
-        state = os.statvfs(self.root)
-        free = state.f_bavail * state.f_frsize
-        if needed + _KEPT_FREE > free:
-            raise NoSpace(
-                f"{what} does not fit: it needs {bytes_text(needed)} more below {self.root}, where "
-                f"{bytes_text(free)} are free, of which {bytes_text(_KEPT_FREE)} are kept free",
-                needed=needed,
-                free=free,
-                kept_free=_KEPT_FREE,
-            )
+    # -- space -------------------------------------------------------------------------------------
+
+    def held(self, model: Model, selection: Selection) -> AbstractContextManager[None]:
+        """Work on a model: nothing of it is evicted inside the block."""
+        layers = (layer for layer in model.layers if selection.wants_layer(layer))
+        contents = (content_name(layer.descriptor.digest) for layer in layers)
+        return self.space.held({tree_name(model.digest, selection.key), *contents})
+
+    def held_content(self, digest: Digest) -> AbstractContextManager[None]:
+        """Work on one content: it is not evicted inside the block."""
+        return self.space.held([content_name(digest)])
+
+    async def reserve(self, what: str, model: Model, selection: Selection) -> None:
+        """Reserve room for all of a model that is not here, before a byte of it is fetched.
+
+        The caller holds the model, and the reservation lasts as long. Raises
+        :class:`fetcher.errors.NoSpace` with the figures; ``what`` is the model's name in it.
+        """
+        wanted = {
+            layer.descriptor.digest: layer for layer in model.layers if selection.wants_layer(layer)
+        }
+        tree = Need(TREE_BYTES, spare=TREE_BYTES)
+        whole = tree.bytes
+        needs = {tree_name(model.digest, selection.key): tree}
+        for digest, layer in wanted.items():
+            need = need_of(layer, self._chunk_size)
+            whole += need.bytes
+            if not self.has_content(layer):
+                needs[content_name(digest)] = need
+        await self.rooms.reserve(what, needs, whole)
+
+    def room(self, digest: Digest) -> Room:
+        """Room for a content that takes more than was reserved for it. From any thread."""
+        return self.rooms.room(content_name(digest))
 
     # -- layers and trees --------------------------------------------------------------------------
 
@@ -201,6 +236,7 @@ class Store:
             limits,
             stop,
             entries.add,
+            self.room(digest).grow,
         )
 
     def laid_out(self, layer: Layer) -> None:
@@ -264,8 +300,7 @@ class Store:
                 sources[entry.path] = places[entry.path].source
 
     def _tree_path(self, digest: Digest, selection: Selection) -> Path:
-        name = f"{digest.hex}.{selection.key}" if selection.key else digest.hex
-        return self.models_folder / digest.algorithm / name
+        return self.root / tree_name(digest, selection.key)
 
     def build(
         self,
@@ -282,12 +317,16 @@ class Store:
             # and volumes may be bound to it already
             size, files = measure_tree(planned[0])
         else:
-            size, files = build_tree(*planned, path, stop)
+            room = self.rooms.room(tree_name(model.digest, selection.key))
+            size, files = build_tree(*planned, path, room.grow, stop)
         return ModelTree(path, model.digest, size, files)
 
-    def add_tree(self, tree: ModelTree, selection: Selection) -> None:
-        """Record a tree that was built."""
-        self.catalog.add_model(tree.digest, selection.key, tree.size, tree.files)
+    def add_tree(self, tree: ModelTree, model: Model, selection: Selection) -> None:
+        """Record a tree that was built, and what it is made of."""
+        layers = (layer for layer in model.layers if selection.wants_layer(layer))
+        contents = {content_name(layer.descriptor.digest) for layer in layers}
+        self.space.holdings.use(tree_name(model.digest, selection.key), contents)
+        self.catalog.add_model(model.digest, selection.key, tree.size, tree.files)
 
     def tree(self, digest: Digest, selection: Selection) -> ModelTree | None:
         """A model's tree if it was built before and is still there."""

@@ -1,0 +1,140 @@
+"""Models put into a real store without a registry, and stores that pull from one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+import trio
+
+from fetcher.credentials import Anonymous
+from fetcher.download import DownloadSettings
+from fetcher.jobs import Jobs
+from fetcher.modelpack import Model, Selection, read_model
+from fetcher.oci import Reference
+from fetcher.policy import PullPolicy
+from fetcher.pull import Pulls, PullSettings
+from fetcher.ranges import Range
+from fetcher.registry import Registry, RegistrySettings
+from fetcher.store import Limits, Store
+from fetcher.transport import TransferSettings
+from tests.support.models import ModelBuilder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from fetcher.modelpack import Layer
+    from fetcher.store import ModelTree
+
+CHUNK = 64 * 1024
+MIB = 1024 * 1024
+EVERYTHING = Selection()
+NO_FLOOR = Limits(min_free=0)
+NOBODY = Anonymous()
+STILL = threading.Event()
+"""Never set."""
+
+QUICK = DownloadSettings(
+    first_backoff=0.01, longest_backoff=0.05, transfer=TransferSettings(stall_timeout=5)
+)
+
+
+def weights(*sizes: int) -> ModelBuilder:
+    """A model of raw layers; no two chunks of it are alike."""
+    builder = ModelBuilder()
+    for number, size in enumerate(sizes):
+        builder.add_raw(f"model-{number}.safetensors", os.urandom(size))
+    return builder
+
+
+def put_content(store: Store, layer: Layer, data: bytes) -> None:
+    """Fill and complete a layer's blob, as a job does."""
+    partial = store.open_partial(layer)
+    if data:
+        partial.sink(Range(0, len(data)))(data)
+    partial.finish(STILL)
+    partial.close()
+    store.complete_blob(layer)
+
+
+async def put_model(
+    store: Store, builder: ModelBuilder, selection: Selection = EVERYTHING, name: str = "r/m:v1"
+) -> ModelTree:
+    """Reserve, fill and build a model, as a pull does."""
+    model = read_model(builder.manifest())
+    with store.held(model, selection):
+        await store.reserve(name, model, selection)
+        for layer in model.layers:
+            if not store.has_content(layer):
+                put_content(store, layer, builder.blobs[layer.descriptor.digest])
+        tree = build(store, model, selection)
+    await store.rooms.settle()
+    return tree
+
+
+def build(store: Store, model: Model, selection: Selection = EVERYTHING) -> ModelTree:
+    """Build and record a model's tree; its contents are complete."""
+    tree = store.build(model, selection, store.plan(model, selection), STILL)
+    store.add_tree(tree, model, selection)
+    return tree
+
+
+def set_used(store: Store, tree: ModelTree, used: float) -> None:
+    """Let a tree have been used last at ``used``."""
+    with store.database.transaction() as connection:
+        connection.execute("UPDATE models SET used = ? WHERE digest = ?", (used, str(tree.digest)))
+
+
+@contextlib.asynccontextmanager
+async def pulling(
+    root: Path, limits: Limits, settings: PullSettings | None = None, chunk_size: int = CHUNK
+) -> AsyncIterator[tuple[Pulls, Store]]:
+    """The parts of a node that pull, as the driver composes them."""
+    store = Store.open(root, chunk_size, limits)
+    registry = Registry(RegistrySettings(attempts=2, retry_seconds=5))
+    try:
+        async with trio.open_nursery() as nursery:
+            jobs = Jobs(store, registry, QUICK, nursery)
+            yield Pulls(store, registry, jobs, settings or PullSettings(), nursery), store
+            nursery.cancel_scope.cancel()
+        jobs.close()
+    finally:
+        with trio.CancelScope(shield=True):
+            await registry.aclose()
+        store.close()
+
+
+async def pull(pulls: Pulls, reference: str, selection: Selection = EVERYTHING) -> ModelTree:
+    """Pull a model to its end."""
+    resolved = await pulls.resolve(Reference.parse(reference), NOBODY, PullPolicy.IF_NOT_PRESENT)
+    with pulls.join(resolved, selection) as joined:
+        return await joined.wait()
+
+
+def disk_bytes(folder: Path) -> int:
+    """What ``du`` says that a folder takes."""
+    # what vanishes under it makes du complain, and its figure is right all the same
+    done = subprocess.run(
+        ["du", "-s", "--block-size=1", str(folder)], capture_output=True, text=True, check=False
+    )
+    return int(done.stdout.split()[0])
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """An ext4 of its own of ``size`` bytes, mounted at ``folder``, gone afterwards."""
+    image = folder.with_name(folder.name + ".img")
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+    folder.mkdir()
+    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        image.unlink()

@@ -1,0 +1,485 @@
+"""Reservations, evictions and orphans in a real store, without a network."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from fetcher.errors import Conflict, InProgress, ModelError, NoSpace, NotFound, Unavailable
+from fetcher.modelpack import Packing, Selection, read_model
+from fetcher.oci import Reference
+from fetcher.ranges import Range
+from fetcher.store import Limits, Store
+from fetcher.store.footprint import content_name, tree_name
+from fetcher.threads import run_stoppable
+from tests.support.models import Member, ModelBuilder
+from tests.support.stores import (
+    CHUNK,
+    EVERYTHING,
+    MIB,
+    NO_FLOOR,
+    build,
+    disk_bytes,
+    put_content,
+    put_model,
+    set_used,
+    weights,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from fetcher.oci import Digest
+
+CAP = Limits(max_size=16 * MIB, min_free=0)
+
+
+def in_store(
+    root: Path, work: Callable[[Store], Awaitable[None]], limits: Limits = NO_FLOOR
+) -> None:
+    """Run ``work`` with an open store, as a process that starts and ends."""
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            store = Store.open(root, CHUNK, limits)
+            try:
+                await work(store)
+            finally:
+                store.close()
+
+    trio.run(main)
+
+
+def names_below(root: Path) -> set[str]:
+    """What lies in the store, records aside."""
+    return {
+        str(path.relative_to(root))
+        for kind in ("blobs", "models", "trash")
+        for path in (root / kind).rglob("*")
+        if path.parent.name != kind or kind == "trash"
+    }
+
+
+# -- what is taken ---------------------------------------------------------------------------------
+
+
+def test_the_records_say_what_du_says(tmp_path: Path) -> None:
+    builder = weights(3 * MIB, 5, 700_000)
+    builder.add_tar([Member(f"code/{n}.py", b"x" * n) for n in range(50)], Packing.TAR)
+
+    async def work(store: Store) -> None:
+        await put_model(store, builder)
+        usage = store.space.usage()
+        assert usage.reserved == 0
+        assert usage.used == disk_bytes(store.root)
+        assert (usage.trees, usage.contents) == (1, 4)
+
+    in_store(tmp_path / "root", work)
+
+
+def test_a_reservation_counts_before_the_first_byte_and_once(tmp_path: Path) -> None:
+    model = read_model(weights(2 * MIB).manifest())
+    other = Selection(exclude_patterns=("*.py",))
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            first = store.space.usage()
+            assert first.reserved > 2 * MIB
+            with store.held(model, other):
+                await store.reserve("r/m:v1", model, other)
+                assert store.space.usage().reserved - first.reserved < MIB
+        assert store.space.usage().reserved == 0
+        await store.rooms.settle()
+        assert store.space.usage().contents == 0
+
+    in_store(tmp_path / "root", work)
+
+
+def test_what_was_written_of_a_reservation_counts_once(tmp_path: Path) -> None:
+    builder = weights(4 * MIB)
+    model = read_model(builder.manifest())
+    [layer] = model.layers
+    half = builder.blobs[layer.descriptor.digest][: 2 * MIB]
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            before = store.space.usage()
+            partial = store.open_partial(layer)
+            partial.sink(Range(0, len(half)))(half)
+            await store.rooms.settle()
+            after = store.space.usage()
+            assert after.used + after.reserved == pytest.approx(
+                before.used + before.reserved, abs=64 * 1024
+            )
+            assert before.reserved - after.reserved == pytest.approx(2 * MIB, abs=16 * 1024)
+            partial.close()
+        await store.rooms.settle()
+        # stopped: what it has is what it takes
+        assert store.space.usage().used == disk_bytes(store.root)
+
+    in_store(tmp_path / "root", work)
+
+
+def test_a_kill_leaves_a_figure_that_is_too_large_until_it_is_measured(tmp_path: Path) -> None:
+    builder = weights(4 * MIB)
+    model = read_model(builder.manifest())
+
+    async def killed(store: Store) -> None:
+        with contextlib.ExitStack() as kill:
+            kill.enter_context(store.held(model, EVERYTHING))
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            store.open_partial(model.layers[0]).close()
+
+    async def started_again(store: Store) -> None:
+        assert store.space.usage().used > 4 * MIB > disk_bytes(store.root)
+        await store.rooms.settle()
+        assert store.space.usage().used == disk_bytes(store.root)
+
+    in_store(tmp_path / "root", killed)
+    in_store(tmp_path / "root", started_again)
+
+
+# -- what fits -------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_with_the_figures(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        first = read_model(weights(10 * MIB).manifest())
+        second = weights(8 * MIB)
+        with store.held(first, EVERYTHING):
+            await store.reserve("r/first:v1", first, EVERYTHING)
+            with pytest.raises(
+                NoSpace, match=r"r/second:v1 does not fit: it needs 8\.\d MiB"
+            ) as no:
+                await put_model(store, second, name="r/second:v1")
+            assert int(no.value.context["needed"]) > 8 * MIB
+            assert int(no.value.context["limit"]) == 16 * MIB
+            assert 0 < int(no.value.context["free"]) < 6 * MIB
+            assert "16.0 MiB that max-size allows" in no.value.message
+            assert store.space.usage().contents == 1
+        await put_model(store, second)
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_what_can_never_fit_evicts_nothing(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await put_model(store, weights(6 * MIB))
+        before = names_below(store.root)
+        with pytest.raises(NoSpace, match="can never fit"):
+            await put_model(store, weights(17 * MIB))
+        assert names_below(store.root) == before
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_nothing_is_evicted_where_that_is_not_enough(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        pinned = await put_model(store, weights(6 * MIB))
+        await put_model(store, weights(3 * MIB))
+        store.garbage.pin(lambda: {(pinned.digest, "")})
+        before = names_below(store.root)
+        with pytest.raises(NoSpace, match=r"evicting all that is not in use would give 3\.\d MiB"):
+            await put_model(store, weights(10 * MIB))
+        assert names_below(store.root) == before
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_room_is_made_by_least_recent_use(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        trees = [await put_model(store, weights(4 * MIB)) for _ in range(3)]
+        for tree, used in zip(trees, (20.0, 10.0, 30.0), strict=True):
+            set_used(store, tree, used)
+        await put_model(store, weights(6 * MIB))
+        assert [tree.path.exists() for tree in trees] == [True, False, True]
+        assert store.garbage.trash() == frozenset()
+        assert list((store.root / "trash").iterdir()) == []
+        assert disk_bytes(store.root) <= 16 * MIB
+        assert store.space.usage().used == disk_bytes(store.root)
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_nothing_is_evicted_while_it_cannot_be_told_what_is_pinned(tmp_path: Path) -> None:
+    def blind() -> set[tuple[Digest, str]]:
+        raise Unavailable("the mount table cannot be read")
+
+    async def work(store: Store) -> None:
+        await put_model(store, weights(10 * MIB))
+        store.garbage.pin(blind)
+        before = names_below(store.root)
+        with pytest.raises(Unavailable):
+            await put_model(store, weights(10 * MIB))
+        assert names_below(store.root) == before
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_a_volume_that_waits_for_its_pull_pins_what_is_there_of_it(tmp_path: Path) -> None:
+    builder = weights(4 * MIB, 4 * MIB)
+    model = read_model(builder.manifest())
+    layer = model.layers[0]
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            put_content(store, layer, builder.blobs[layer.descriptor.digest])
+        _resolved(store, builder)
+        pins = {(model.digest, "")}
+        store.garbage.pin(lambda: pins)
+        await store.rooms.settle()
+        with pytest.raises(NoSpace):
+            await put_model(store, weights(14 * MIB))
+        assert store.has_content(layer)
+        pins.clear()
+        await put_model(store, weights(14 * MIB))
+        assert not store.has_content(layer)
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def _resolved(store: Store, builder: ModelBuilder) -> None:
+    """Record the model as resolved from a tag, as a registry's word does."""
+    reference = Reference("r.example.org", "acme/m", "v1")
+    store.catalog.add_resolution(reference, builder.digest, builder.manifest(), "nobody")
+
+
+# -- growing ---------------------------------------------------------------------------------------
+
+
+def test_rooms_grow_in_threads_up_to_the_cap_and_not_beyond(tmp_path: Path) -> None:
+    models = [read_model(weights(256 * 1024 + n).manifest()) for n in range(4)]
+    granted = [0] * len(models)
+
+    async def work(store: Store) -> None:
+        async def one(number: int) -> None:
+            digest = models[number].layers[0].descriptor.digest
+            room = store.room(digest)
+
+            def grow(stop: threading.Event) -> None:
+                dice = random.Random(number)  # noqa: S311 (a test's dice)
+                while True:
+                    count = dice.randrange(1, 300_000)
+                    room.grow(count)
+                    granted[number] += count
+
+            with pytest.raises(NoSpace):
+                await run_stoppable(grow)
+
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(store.held(model, EVERYTHING))
+                await store.reserve("r/m:v1", model, EVERYTHING)
+            reserved = store.space.usage().reserved
+            async with trio.open_nursery() as nursery:
+                for number in range(len(models)):
+                    nursery.start_soon(one, number)
+            after = store.space.usage()
+            assert sum(granted) <= after.reserved - reserved
+            assert after.used + after.reserved <= 16 * MIB
+            # all of the room was given, but for what the records keep to grow
+            assert after.used + after.reserved > 14 * MIB
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_a_room_that_grows_evicts_what_is_not_used(tmp_path: Path) -> None:
+    model = read_model(weights(CHUNK).manifest())
+
+    async def work(store: Store) -> None:
+        old = await put_model(store, weights(10 * MIB))
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            room = store.room(model.layers[0].descriptor.digest)
+            await run_stoppable(lambda _: room.grow(3 * MIB))
+            assert old.path.exists()
+            await run_stoppable(lambda _: room.grow(8 * MIB))
+            assert not old.path.exists()
+            assert disk_bytes(store.root) < 2 * MIB
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+# -- the watermarks --------------------------------------------------------------------------------
+
+
+def test_collection_goes_from_the_high_watermark_to_the_low_one(tmp_path: Path) -> None:
+    limits = Limits(max_size=20 * MIB, min_free=0, high=80, low=50)
+
+    async def work(store: Store) -> None:
+        trees = [await put_model(store, weights(4 * MIB)) for _ in range(3)]
+        assert store.garbage.by_watermarks().victims == ()
+        trees.append(await put_model(store, weights(4 * MIB)))
+        for number, tree in enumerate(trees):
+            set_used(store, tree, float(number))
+        planned = store.garbage.by_watermarks()
+        store.garbage.evict(planned)
+        await store.garbage.empty_trash()
+        assert [tree.path.exists() for tree in trees] == [False, False, True, True]
+        assert store.space.usage().used < 10 * MIB
+
+    in_store(tmp_path / "root", work, limits)
+
+
+# -- one model -------------------------------------------------------------------------------------
+
+
+def test_a_model_is_removed_with_what_only_it_needs(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        shared = weights(CHUNK)
+        data = next(iter(shared.blobs[layer.digest] for layer in shared.manifest().layers))
+        one = await put_model(store, ModelBuilder().add_raw("a", data).add_raw("b", b"own"))
+        other = await put_model(store, ModelBuilder().add_raw("c", data))
+        store.garbage.evict(store.garbage.plan_removal(one.digest))
+        assert not one.path.exists()
+        assert store.catalog.trees()[0][0] == other.digest
+        assert store.has_blob(read_model(shared.manifest()).layers[0].descriptor)
+        with pytest.raises(NotFound):
+            store.garbage.plan_removal(one.digest)
+        with store.space.held([tree_name(other.digest, "some")]), pytest.raises(InProgress):
+            store.garbage.plan_removal(other.digest)
+        store.garbage.pin(lambda: {(other.digest, "some")})
+        with pytest.raises(Conflict):
+            store.garbage.plan_removal(other.digest)
+
+    in_store(tmp_path / "root", work)
+
+
+def test_with_the_last_tree_goes_what_led_to_it(tmp_path: Path) -> None:
+    builder = weights(CHUNK)
+    some = Selection(exclude_patterns=("x",))
+
+    async def work(store: Store) -> None:
+        _resolved(store, builder)
+        await put_model(store, builder)
+        tree = await put_model(store, builder, some)
+        store.garbage.pin(lambda: {(tree.digest, some.key)})
+        store.garbage.evict(store.garbage.plan(1e9))
+        assert len(store.catalog.trees()) == 1
+        assert store.catalog.manifest(builder.digest) is not None
+
+    async def unpinned(store: Store) -> None:
+        store.garbage.evict(store.garbage.plan_removal(builder.digest))
+        assert store.catalog.manifest(builder.digest) is None
+        assert store.catalog.layers(builder.digest) == []
+        assert store.space.holdings.uses() == {}
+
+    in_store(tmp_path / "root", work)
+    in_store(tmp_path / "root", unpinned)
+
+
+# -- orphans ---------------------------------------------------------------------------------------
+
+
+def test_orphans_are_adopted_or_released(tmp_path: Path) -> None:
+    builder = weights(4 * CHUNK, 3 * CHUNK, CHUNK)
+    model = read_model(builder.manifest())
+    half, whole, _ = model.layers
+    root = tmp_path / "root"
+
+    async def work(store: Store) -> None:
+        partial = store.open_partial(half)
+        partial.sink(Range(0, CHUNK))(builder.blobs[half.descriptor.digest][:CHUNK])
+        partial.close()
+        store.blob_path(whole.descriptor.digest).write_bytes(b"never verified" * 1000)
+        (root / f"models/sha256/{'a' * 64}").mkdir(parents=True)
+        (root / f"models/sha256/{'b' * 64}.new").mkdir()
+        (root / "trash/deadbeef").write_bytes(b"x" * 10_000)
+        assert await store.orphans.bytes() > CHUNK
+        await store.orphans.reconcile()
+        assert await store.orphans.bytes() == 0
+        assert store.open_partial(half).done == CHUNK
+        assert not store.blob_path(whole.descriptor.digest).exists()
+        assert list((root / "models").glob("*/*")) == list((root / "trash").iterdir()) == []
+        assert store.space.usage().used == disk_bytes(root)
+
+    in_store(root, work)
+
+
+def test_a_tree_that_is_mounted_is_adopted_and_any_other_one_is_not(tmp_path: Path) -> None:
+    mounted, other = weights(2 * MIB), weights(2 * MIB)
+    root = tmp_path / "root"
+
+    async def put(store: Store) -> None:
+        for builder in (mounted, other):
+            await put_model(store, builder)
+
+    in_store(root, put)
+    for file in root.glob("state.db*"):
+        file.unlink()
+
+    async def work(store: Store) -> None:
+        store.garbage.pin(lambda: {(mounted.digest, "")})
+        await store.orphans.reconcile()
+        [(digest, selection, _)] = store.catalog.trees()
+        assert (digest, selection) == (mounted.digest, "")
+        tree = store.tree(digest, EVERYTHING)
+        assert tree is not None
+        assert (tree.size, tree.files) == (2 * MIB, 1)
+        assert list((root / "blobs").glob("*/*")) == []
+        assert store.space.usage().used == disk_bytes(root)
+        assert await store.orphans.bytes() == 0
+
+    in_store(root, work)
+
+
+def test_what_is_worked_on_is_no_orphan(tmp_path: Path) -> None:
+    builder = weights(CHUNK)
+    model = read_model(builder.manifest())
+    [layer] = model.layers
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            path = store.blob_path(layer.descriptor.digest)
+            path.parent.mkdir()
+            path.write_bytes(b"on its way")
+            await store.orphans.reconcile()
+            assert path.exists()
+        await store.orphans.reconcile()
+        assert not path.exists()
+        assert content_name(layer.descriptor.digest) not in {
+            holding.name for holding in store.space.holdings.below("blobs")
+        }
+
+    in_store(tmp_path / "root", work)
+
+
+def test_a_tree_of_a_build_that_was_killed_is_built_again(tmp_path: Path) -> None:
+    builder = weights(CHUNK)
+    model = read_model(builder.manifest())
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            [layer] = model.layers
+            put_content(store, layer, builder.blobs[layer.descriptor.digest])
+            tree = store.build(model, EVERYTHING, store.plan(model, EVERYTHING), threading.Event())
+        # killed before its record was written, and no volume shows it
+        await store.orphans.reconcile()
+        assert not tree.path.exists()
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            assert build(store, model).path.exists()
+        await store.orphans.reconcile()
+        assert tree.path.exists()
+        assert store.space.usage().used == disk_bytes(store.root)
+
+    in_store(tmp_path / "root", work)
+
+
+def test_an_error_is_for_the_user(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        with pytest.raises(ModelError) as caught:
+            await put_model(store, weights(17 * MIB), name="r.example.org/acme/m:v1")
+        assert caught.value.message.startswith("r.example.org/acme/m:v1 can never fit: it takes 17")
+
+    in_store(tmp_path / "root", work, CAP)
