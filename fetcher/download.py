@@ -112,7 +112,7 @@ class Download:
         self._ranging: set[str] = set()
         """Hosts that answered a range of this blob with that range."""
         self._probe: trio.Event | None = None
-        """The end of the question for a host's first range, while one is asked."""
+        """The end of the one question for a first range, while it is asked."""
         self._void = False
         """A whole answer came: what is missing has to be looked up again."""
         self._server: str | None = None
@@ -124,7 +124,7 @@ class Download:
         self._failure = None
         whole = _Tries()
         while partial.missing():
-            turn = await self._turn(partial)
+            turn = await self._turn(partial, whole)
             if turn.whole:
                 await self._fetch_whole(partial, turn, whole)
             else:
@@ -165,20 +165,31 @@ class Download:
     ) -> None:
         try:
             while pieces:
-                await self._fetch_piece(partial, pieces.popleft())
+                tries = _Tries()
+                try:
+                    await self._fetch_next(partial, pieces, tries)
+                finally:
+                    self._end_probe(tries)
         except _Replan:
             all_pieces.cancel()
         except ModelError as error:
             self._failure = self._failure or error
             all_pieces.cancel()
 
-    async def _fetch_piece(self, partial: PartialBlob, piece: Range) -> None:
-        """Fetch ``piece``, again and again from where it stopped, from whoever has it."""
-        sink, tries = partial.sink(piece), _Tries()
-        while sink.remaining:
-            turn = await self._turn(partial)
+    async def _fetch_next(
+        self, partial: PartialBlob, pieces: collections.deque[Range], tries: _Tries
+    ) -> None:
+        """Fetch the next piece, again and again from where it stopped, from whoever has it."""
+        sink: ChunkSink | None = None
+        while sink is None or sink.remaining:
+            turn = await self._turn(partial, tries)
             if turn.whole or self._void:
                 raise _Replan
+            if sink is None:
+                if not pieces:
+                    return
+                # taken now, not before: the first request is to be for the first piece
+                sink = partial.sink(pieces.popleft())
             await self._try(sink, turn, tries)
 
     async def _fetch_whole(self, partial: PartialBlob, turn: _Turn, tries: _Tries) -> None:
@@ -194,8 +205,8 @@ class Download:
         except ModelError as error:
             self._failure = error
 
-    async def _turn(self, partial: PartialBlob) -> _Turn:
-        """Whom to ask next; waits while the first answer of that host is to come."""
+    async def _turn(self, partial: PartialBlob, tries: _Tries) -> _Turn:
+        """Whom to ask next; waits while somebody else asks for a first range."""
         while True:
             hosts = await self._registry.hosts(self._wanted.source.reference)
             by_base = {one.base: one for one in (*hosts.able("pull"), hosts.server)}
@@ -213,8 +224,8 @@ class Download:
             host = by_base[choice.host]
             if choice.whole or host.base in self._ranging:
                 return _Turn(host, whole=choice.whole)
-            if self._probe is None:
-                # no checkpoint from here to where the probe is set: one is enough
+            if self._probe in (None, tries.probe):
+                # no checkpoint from here to where the probe begins: one is enough
                 return _Turn(host)
             await self._probe.wait()
 
@@ -227,7 +238,7 @@ class Download:
         host, before, started = turn.host, sink.remaining, trio.current_time()
         renew, tries.renew = tries.renew == host.base, None
         try:
-            await self._ask(sink, turn, renew=renew)
+            await self._ask(sink, turn, tries, renew=renew)
             self._registry.health.succeeded(host.base)
         except RangeIgnored:
             self._registry.health.ignored_range(host.base, trio.current_time())
@@ -256,14 +267,15 @@ class Download:
         seconds = self._registry.health.failed(host.base, now, started, error.retry_after)
         logger.info("%s; not asked again for %.0f s", error.message, seconds)
 
-    async def _ask(self, sink: ChunkSink, turn: _Turn, *, renew: bool) -> None:
+    async def _ask(self, sink: ChunkSink, turn: _Turn, tries: _Tries, *, renew: bool) -> None:
         source, blob, host = self._wanted.source, self._blob, turn.host
         probe = None
         if not turn.whole and host.base not in self._ranging:
-            ended = self._probe = trio.Event()
+            if tries.probe is None:
+                tries.probe = self._probe = trio.Event()
             # with no other request under way, the whole of a blob is as good as its first range
-            answered = functools.partial(self._ranges, host.base, ended)
-            probe = _Probe(sink, ended, not self._ranging, answered)
+            alone = not self._ranging
+            probe = _Probe(sink, alone, functools.partial(self._answered, host.base, tries))
         try:
             access = await self._registry.blob_access(
                 source.reference, blob.digest, source.keychain, host=host, renew=renew
@@ -273,21 +285,19 @@ class Download:
                 lambda connection, stop: connection.fetch(access, piece, probe or sink, stop)
             )
         finally:
-            if probe is not None:
-                if probe.took_whole:
-                    self._void = True
-                    self._registry.health.ignored_range(host.base, trio.current_time())
-                self._end_probe(probe.ended)
+            if probe is not None and probe.took_whole:
+                self._void = True
+                self._registry.health.ignored_range(host.base, trio.current_time())
 
-    def _ranges(self, host: str, probe: trio.Event) -> None:
+    def _answered(self, host: str, tries: _Tries) -> None:
         """A range has arrived: more of them may be asked for at the same time."""
         self._ranging.add(host)
-        self._end_probe(probe)
+        self._end_probe(tries)
 
-    def _end_probe(self, probe: trio.Event) -> None:
-        probe.set()
-        if self._probe is probe:
-            self._probe = None
+    def _end_probe(self, tries: _Tries) -> None:
+        if tries.probe is not None:
+            tries.probe.set()
+            self._probe = tries.probe = None
 
     async def _endure(self, error: ModelError, progress: bool, tries: _Tries) -> None:
         """Wait before the registry is asked again; raises ``error`` when it has been enough."""
@@ -319,6 +329,8 @@ class _Tries:
     """Of the registry, in a row, without a byte between them."""
     renew: str | None = None
     """The host that refused us, and is to be asked whether it still does."""
+    probe: trio.Event | None = None
+    """Set once others may ask too, while this is the only one to ask for a range."""
 
 
 class _Replan(Exception):
@@ -328,13 +340,10 @@ class _Replan(Exception):
 class _Probe:
     """A sink that tells the trio thread when the first bytes of a range arrive."""
 
-    def __init__(
-        self, sink: ChunkSink, ended: trio.Event, alone: bool, answered: Callable[[], None]
-    ) -> None:
+    def __init__(self, sink: ChunkSink, alone: bool, answered: Callable[[], None]) -> None:
         """``answered`` is called once, in the trio thread; ``alone`` says that nobody else writes
         to the blob meanwhile.
         """
-        self.ended = ended
         self._sink = sink
         self._alone = alone
         self._answered = answered

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -62,7 +63,8 @@ async def push(
     document = manifest(layers, Digest.of(config_body), len(config_body))
     _check_readable(document)
     credentials = await keychain.lookup(reference.registry, reference.repository)
-    registry = Registry(settings)
+    # what is pushed goes to the registry itself, so that is who is asked for it afterwards
+    registry = Registry(replace(settings, hosts_dir=None))
     try:
         sent = await upload(
             Upload(reference, credentials, found.files, tuple(digests), config_body, document),

@@ -151,8 +151,8 @@ class Connection:
         finally:
             # no callback may keep the exchange, and with it the blob, alive
             self._curl.reset()
+        exchange.keep_gathered()
         if problem is not None and not exchange.is_enough:
-            exchange.keep_gathered()
             raise exchange.failure(*problem)
 
     def _run(self, stop: threading.Event) -> tuple[int, str] | None:
@@ -381,12 +381,9 @@ class _Exchange:
         return int(text) if text.isascii() and text.isdigit() and not chunked else None
 
     def keep_gathered(self) -> None:
-        """After a transfer that ended early: what came is good, and is not fetched again."""
+        """After an answer that ended early: what came is good, and is not fetched again."""
         if self._pieces and self._problem is None:
-            try:
-                self._hand_over()
-            except ModelError as error:
-                self._problem = error
+            self._hand_over()
 
     def failure(self, code: int, text: str) -> BaseException:
         """What ended the transfer early, by libcurl's number and words for it or by our own."""

@@ -12,12 +12,14 @@ import re
 import socketserver
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import ssl
+    from collections.abc import Iterator, Mapping
 
 _BLOB = re.compile(r"/v2/.+/blobs/(?P<digest>[a-z0-9]+:[0-9a-f]+)")
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host"}
@@ -42,6 +44,25 @@ class Faults:
     stall: threading.Event | None = None
     """While it is clear, no blob bytes flow."""
     extra_headers: dict[str, str] = field(default_factory=dict)
+    signed_seconds: float | None = None
+    """Redirect blob requests to a signed address, which is refused after so many seconds; until
+    then the same address is given to all."""
+    rewrites: list[Rewrite] = field(default_factory=list)
+    """What is done to the next blob answers in turn, instead of all else."""
+
+
+@dataclass
+class BlobAnswer:
+    """An answer that can be changed at will; it is sent as it is then."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    raw: bytes | None = None
+    """Sent instead of all else."""
+
+
+Rewrite = Callable[[BlobAnswer], BlobAnswer]
 
 
 class Counts:
@@ -52,6 +73,10 @@ class Counts:
         self.bytes: dict[str, int] = {}
         self.requests: list[tuple[str, str]] = []
         """Method and path of every request, in the order of their arrival."""
+        self.ranges: list[str | None] = []
+        """The ``Range`` of every request for a blob."""
+        self.refused_addresses = 0
+        """Requests to signed addresses that had expired."""
 
     def add(self, digest: str, count: int) -> None:
         with self._lock:
@@ -70,7 +95,9 @@ class Counts:
     def blob_requests(self) -> int:
         with self._lock:
             return sum(
-                1 for method, path in self.requests if method == "GET" and _BLOB.fullmatch(path)
+                1
+                for method, path in self.requests
+                if method == "GET" and _BLOB.fullmatch(path.partition("?")[0])
             )
 
 
@@ -96,16 +123,47 @@ class Proxy(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 64
 
-    def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self, upstream: str, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        super().__init__((host, 0), _Handler)
         self.upstream = upstream
+        self._host, self._tls = host, tls
+        self._signed: dict[str, tuple[str, float]] = {}
         self.faults = Faults()
         self.counts = Counts()
         self.pace = _Pace()
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.server_address[1]}"
+        return f"{self._host}:{self.server_address[1]}"
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        if self._tls is not None:
+            # the handshake belongs to the connection's thread: it happens at the first read
+            connection = self._tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
+
+    def sign(self, path: str, seconds: float) -> str:
+        """The signed address of a blob: the last one, until it was refused."""
+        if path not in self._signed:
+            query = f"signature={len(self.counts.requests)}"
+            self._signed[path] = f"{path}?{query}", time.monotonic() + seconds
+        return self._signed[path][0]
+
+    def accepts(self, address: str) -> bool:
+        """Whether a signed address is still good; one that is not is forgotten."""
+        path = address.partition("?")[0]
+        known, expires = self._signed.get(path, ("", 0.0))
+        if known == address and time.monotonic() < expires:
+            return True
+        if known == address:
+            self._signed.pop(path, None)
+        self.counts.refused_addresses += 1
+        return False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away in the middle are what these tests are about."""
@@ -135,12 +193,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         self.server.counts.request(self.command, self.path)
-        match = _BLOB.fullmatch(self.path)
+        path, _, query = self.path.partition("?")
+        match = _BLOB.fullmatch(path)
         is_blob = self.command == "GET" and match is not None
         faults = self.server.faults
+        if is_blob:
+            self.server.counts.ranges.append(self.headers.get("Range"))
         if is_blob and faults.statuses:
             self._answer_status(faults.statuses.pop(0))
             return
+        if is_blob and faults.signed_seconds is not None:
+            if not query.startswith("signature="):
+                location = self.server.sign(path, faults.signed_seconds)
+                self._answer_status(307, {"Location": location})
+                return
+            if not self.server.accepts(self.path):
+                self._answer_status(403)
+                return
         headers = {
             name: value
             for name, value in self.headers.items()
@@ -151,6 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             upstream.request(self.command, self.path, headers=headers)
             answer = upstream.getresponse()
+            if is_blob and faults.rewrites:
+                self._send_rewritten(answer, faults.rewrites.pop(0))
+                return
             self.send_response_only(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in _HOP_BY_HOP:
@@ -165,9 +237,27 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             upstream.close()
 
-    def _answer_status(self, status: int) -> None:
+    def _send_rewritten(self, answer: http.client.HTTPResponse, rewrite: Rewrite) -> None:
+        headers = {
+            name.title(): value
+            for name, value in answer.getheaders()
+            if name.lower() not in _HOP_BY_HOP
+        }
+        changed = rewrite(BlobAnswer(answer.status, headers, answer.read()))
+        self.close_connection = True
+        if changed.raw is not None:
+            self.wfile.write(changed.raw)
+            return
+        self.send_response_only(changed.status)
+        for name, value in {**changed.headers, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.server.counts.add("rewritten", len(changed.body))
+        self.wfile.write(changed.body)
+
+    def _answer_status(self, status: int, headers: Mapping[str, str] | None = None) -> None:
         self.send_response_only(status)
-        for name, value in self.server.faults.extra_headers.items():
+        for name, value in {**self.server.faults.extra_headers, **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -202,9 +292,11 @@ def _corrupted(piece: bytes, offset: int, at: int | None) -> bytes:
 
 
 @contextlib.contextmanager
-def serve_proxy(upstream: str) -> Iterator[Proxy]:
+def serve_proxy(
+    upstream: str, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> Iterator[Proxy]:
     """Run a proxy in front of the registry at ``upstream``, ``host:port``."""
-    with Proxy(upstream) as proxy:
+    with Proxy(upstream, tls, host) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
