@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import sqlite3
 import tarfile
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
+from csi.mount_table import mount_at
 from fetcher.modelpack import Kind, Packing, layer_type
 from tests.support.csi_client import CsiClient
 from tests.support.driver import DriverProcess, serve_driver
@@ -70,6 +73,14 @@ def refusal(
     return None
 
 
+def volume_ids(driver: DriverProcess) -> set[str]:
+    """Every volume that is recorded."""
+    with sqlite3.connect(f"file:{driver.root}/state.db?mode=ro", uri=True) as database:
+        return {
+            str(volume_id) for (volume_id,) in database.execute("SELECT volume_id FROM volumes")
+        }
+
+
 def disk_used(root: Path) -> int:
     """Bytes that everything below ``root`` takes on the disk, each inode once."""
     states = {}
@@ -95,7 +106,10 @@ def test_kubelets_rhythm_ends_in_a_mount(
             assert not target.exists() or not os.listdir(target)
             answers.append(str(failure.details()))
         assert answers, "the download was over before the first deadline"
-        assert all("%" in answer and "MiB" in answer for answer in answers)
+        assert all("MiB" in answer for answer in answers)
+        shares = [int(re.findall(r"(\d+) %", answer)[0]) for answer in answers]
+        assert shares == sorted(shares)
+        assert len(set(shares)) > 1
         assert proxy.counts.total <= 1.02 * len(data)
     assert (target / "model.safetensors").read_bytes() == data
     kubelet.unpublish("csi-rhythm", target)
@@ -218,13 +232,19 @@ def test_a_bad_reference_has_its_code(
 def test_a_corrupt_blob_is_data_loss(
     driver: DriverProcess, kubelet: CsiClient, registry: RegistryServer
 ) -> None:
-    ModelBuilder().add_raw("a.bin", os.urandom(MIB)).push(registry, "loss", "v1")
+    builder = ModelBuilder().add_raw("a.bin", os.urandom(MIB))
+    builder.push(registry, "loss", "v1")
     target = target_of(driver, "loss")
     with serve_proxy(registry.address) as proxy:
         proxy.faults = Faults(corrupt_at=77)
         with pytest.raises(grpc.RpcError) as caught:
             kubelet.publish_inline("csi-loss", target, attributes(f"{proxy.address}/loss:v1"))
         assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        assert mount_at(target) is None
+        assert not target.exists()
+        model = builder.digest.hex
+        assert not (driver.root / "models/sha256" / model).exists()
+        assert volume_ids(driver).isdisjoint({"csi-loss"})
         proxy.faults = Faults()
         kubelet.publish_inline("csi-loss", target, attributes(f"{proxy.address}/loss:v1"))
     assert (target / "a.bin").stat().st_size == MIB

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tests.support.mounts import detach_below
@@ -35,6 +36,69 @@ class DriverProcess:
     def endpoint(self) -> str:
         return f"unix://{self.socket}"
 
+    def target(self, pod: str) -> Path:
+        """Where kubelet wants the volume of a pod."""
+        return self.kubelet_dir / "pods" / pod / "volumes/kubernetes.io~csi/model/mount"
+
+
+class Driver:
+    """The driver of one node, which may end, be killed and be started again."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        """Everything of it is below ``folder``."""
+        self.folder = folder
+        self.flags = flags
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *within: str, ready: bool = True) -> DriverProcess:
+        """Start it and wait until it listens, unless ``ready`` is false.
+
+        ``within`` is a command that runs it, such as ``unshare --net``. Its log goes on.
+        """
+        running = DriverProcess(
+            socket=self.folder / "csi.sock",
+            root=self.folder / "root",
+            kubelet_dir=self.folder / "kubelet",
+            log=self.folder / "driver.log",
+            pid=0,
+        )
+        (running.kubelet_dir / "pods").mkdir(parents=True, exist_ok=True)
+        command = (
+            *(*within, sys.executable, "-m", "csi", "serve", "--mode", "all"),
+            *("--node-id", "node-1", "--endpoint", running.endpoint, "--root", str(running.root)),
+            *("--kubelet-dir", str(running.kubelet_dir), *self.flags),
+        )
+        with running.log.open("ab") as output:
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.folder)},
+                # an interrupt at the terminal is for the caller, who stops the driver in order
+                start_new_session=True,
+            )
+        if ready:
+            _wait_until_ready(process, running.socket, running.log)
+        return replace(running, pid=process.pid)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end: the exit status."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        try:
+            return self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def clear(self) -> None:
+        """End it, and detach the volumes that are still published."""
+        if self._process is not None and self._process.poll() is None:
+            self.end()
+        detach_below(self.folder / "kubelet")
+
 
 @contextlib.contextmanager
 def serve_driver(folder: Path, *flags: str) -> Iterator[DriverProcess]:
@@ -43,30 +107,11 @@ def serve_driver(folder: Path, *flags: str) -> Iterator[DriverProcess]:
     Volumes that are still published when the block is left are detached: the driver itself leaves
     the mounts of running pods alone when it stops.
     """
-    kubelet_dir, root, log = folder / "kubelet", folder / "root", folder / "driver.log"
-    (kubelet_dir / "pods").mkdir(parents=True)
-    driver_socket = folder / "csi.sock"
-    command = (
-        *(sys.executable, "-m", "csi", "serve", "--mode", "all", "--node-id", "node-1"),
-        *("--endpoint", f"unix://{driver_socket}", "--root", str(root)),
-        *("--kubelet-dir", str(kubelet_dir), *flags),
-    )
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder)},
-            # an interrupt at the terminal is for the caller, who stops the driver in order
-            start_new_session=True,
-        )
+    driver = Driver(folder, *flags)
     try:
-        _wait_until_ready(process, driver_socket, log)
-        yield DriverProcess(driver_socket, root, kubelet_dir, log, process.pid)
+        yield driver.start()
     finally:
-        _stop(process)
-        detach_below(kubelet_dir)
+        driver.clear()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], driver_socket: Path, log: Path) -> None:
@@ -86,12 +131,3 @@ def _accepts(driver_socket: Path) -> bool:
         except OSError:
             return False
         return True
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
