@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import msgspec
-import yaml
 
 from csi import values
 from fetcher.errors import InvalidRequest
@@ -25,8 +24,6 @@ from fetcher.errors import InvalidRequest
 ENVIRONMENT_PREFIX: Final = "MODEL_CSI_"
 CONFIG_FILE_VARIABLE: Final = "MODEL_CSI_CONFIG"
 """Names the YAML file where no flag does."""
-
-MAX_CONFIG_BYTES: Final = 1024 * 1024
 
 Given = dict[str, tuple[object, str]]
 """Values as they were given, by field, each with where it came from."""
@@ -217,7 +214,7 @@ class Config:
         given |= _from_environment(environment)
         given |= _from_flags(flags)
         rules = _rules()
-        return cls(
+        config = cls(
             **{
                 name: _converted(*rules[name], value, origin)
                 for name, (value, origin) in given.items()
@@ -326,22 +323,13 @@ def _from_environment(environment: Mapping[str, str]) -> Given:
     return given
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings name a key once: the second of two would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key stands here twice", node.start_mark
-            )
-        return mapping
-
-
 def _from_file(file: Path) -> Given:
+    # here, as YAML would make every command start slower that has no file to read
+    from csi.config_file import read_config_file
+
     names = _names()
     given: Given = {}
-    for key, value in _read_yaml(file).items():
+    for key, value in read_config_file(file).items():
         if key not in names:
             raise InvalidRequest(
                 f"{file}: {str(key)[:100]!r} is not a setting{values.near_match(str(key), names)}",
@@ -350,26 +338,6 @@ def _from_file(file: Path) -> Given:
         if value is not None:
             given[names[key]] = (value, f"{key} in {file}")
     return given
-
-
-def _read_yaml(file: Path) -> dict[Any, Any]:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise InvalidRequest(f"the configuration file {file}: {error.strerror}") from error
-    if len(content) > MAX_CONFIG_BYTES:
-        raise InvalidRequest(f"{file} has more than {MAX_CONFIG_BYTES} bytes: not a configuration")
-    try:
-        # _UniqueKeys is a SafeLoader: only plain values, no objects
-        document = yaml.load(content, Loader=_UniqueKeys)  # noqa: S506
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError, TypeError) as error:
-        raise InvalidRequest(f"{file} is not YAML: {str(error)[:400]}") from error
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"{file} has to be a mapping of settings, such as 'connections: 8'")
-    return document
 
 
 def _converted(hint: Any, rule: Rule, value: object, origin: str) -> Any:

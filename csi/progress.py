@@ -6,18 +6,6 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.text import Text
-
 from fetcher.quantities import bytes_text
 
 if TYPE_CHECKING:
@@ -39,7 +27,10 @@ def shown(title: str, stream: TextIO, *, quiet: bool) -> Iterator[Show]:
     if quiet:
         yield _nothing
     elif stream.isatty():
-        with _bar(title, stream) as show:
+        # here, as what it imports would make every other command start slower
+        from csi.progress_bar import bar
+
+        with bar(title, stream) as show:
             yield show
     else:
         yield PlainLines(title, stream)
@@ -47,37 +38,6 @@ def shown(title: str, stream: TextIO, *, quiet: bool) -> Iterator[Show]:
 
 def _nothing(done: int, total: int) -> None:
     """Show nothing."""
-
-
-@contextlib.contextmanager
-def _bar(title: str, stream: TextIO) -> Iterator[Show]:
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=stream, highlight=False),
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
-    with bar:
-        yield _Bar(bar, Text(title).plain)
-
-
-class _Bar:
-    """Appears with the first word of how far it is."""
-
-    def __init__(self, bar: Progress, title: str) -> None:
-        self._bar = bar
-        self._title = title
-        self._task: TaskID | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task(self._title, total=total)
-        self._bar.update(self._task, completed=done, total=total)
 
 
 class PlainLines:

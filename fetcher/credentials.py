@@ -36,6 +36,9 @@ DOCKER_CFG: Final = ".dockercfg"
 MAX_CONFIG_BYTES: Final = 1024 * 1024
 """What Kubernetes allows a secret to have; a node's file is held to the same."""
 
+ANONYMOUS: Final = "anonymous"
+"""The fingerprint of no credentials."""
+
 _HUB_SERVER: Final = "https://index.docker.io/v1/"
 _TOKEN_USER: Final = "<token>"  # noqa: S105 -- the user name that stands for "this is a token"
 
@@ -202,15 +205,15 @@ async def fingerprint(credentials: Credentials | None, salt: bytes) -> str:
     """A text by which the same credentials are known again, and from which they cannot be had.
 
     scrypt, so that a stolen database does not give away weak passwords. Takes about 50 ms and
-    16 MiB in a worker thread.
+    16 MiB in a worker thread; nothing where there is nothing to hide.
     """
+    if credentials is None:
+        return ANONYMOUS
     return await trio.to_thread.run_sync(_fingerprint, credentials, salt)
 
 
-def _fingerprint(credentials: Credentials | None, salt: bytes) -> str:
-    parts: tuple[str, ...] = ()
-    if credentials is not None:
-        parts = (credentials.username, credentials.password, credentials.identity_token)
+def _fingerprint(credentials: Credentials, salt: bytes) -> str:
+    parts = (credentials.username, credentials.password, credentials.identity_token)
     # JSON keeps the parts apart: ("ab", "c") and ("a", "bc") must not be the same credentials
     secret = msgspec.json.encode(parts)
     return hashlib.scrypt(secret, salt=salt, n=2**14, r=8, p=1, dklen=32).hex()

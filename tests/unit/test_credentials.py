@@ -359,10 +359,9 @@ def test_a_fingerprint_tells_credentials_apart_and_does_not_tell_them() -> None:
             await fingerprint(Credentials("a", "bc"), salt),
             await fingerprint(Credentials("ab", "", "c"), salt),
             await fingerprint(Credentials("", "", ""), salt),
-            await fingerprint(None, salt),
             await fingerprint(Credentials("ab", "c"), b"of another node"),
         ]
-        assert len({one, *others}) == 6
+        assert len({one, *others, await fingerprint(None, salt)}) == 6
         assert all(len(text) == 64 and int(text, 16) for text in (one, *others))
 
     trio.run(main)
