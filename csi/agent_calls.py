@@ -1,5 +1,7 @@
 """What an agent does for commands: pull, mount, unmount, list, inspect, tell its status.
 
+What it does with the store itself is in :mod:`csi.store_calls`.
+
 The same code runs for a call over the socket and for a command that is the agent itself. Every
 value arrives from another process and is checked here before it is used.
 """
@@ -17,15 +19,14 @@ import msgspec
 import trio
 
 from csi.attributes import VolumeAttributes
-from csi.disk_usage import disk_usage
 from csi.mount_table import mount_at
+from csi.store_calls import StoreCalls
 from csi.volumes import PublishRequest
 from fetcher import agent_protocol as protocol
 from fetcher.credentials import Chain, Credentials
 from fetcher.errors import AccessDenied, InvalidRequest, NotFound, Unsupported
 from fetcher.modelpack import read_model
 from fetcher.oci import Reference
-from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -166,6 +167,7 @@ class AgentCalls:
         self._volumes = volumes
         self._keychain = keychain
         self._facts = facts
+        self._store_calls = StoreCalls(store, volumes)
         self._table: Mapping[str, Callable[[Any, Watch], Awaitable[Struct]]] = {
             protocol.PING.name: self._ping,
             protocol.PULL.name: self._pull,
@@ -174,6 +176,8 @@ class AgentCalls:
             protocol.LIST.name: self._list,
             protocol.INSPECT.name: self._inspect,
             protocol.STATUS.name: self._status,
+            protocol.GC.name: self._store_calls.collect,
+            protocol.REMOVE.name: self._store_calls.remove,
         }
 
     async def run(
@@ -312,7 +316,6 @@ class AgentCalls:
     # -- status ------------------------------------------------------------------------------------
 
     async def _status(self, _: protocol.NoParams, __: Watch) -> protocol.StatusResult:
-        usage = await run_stoppable(lambda stop: disk_usage(self._store.root, stop))
         return protocol.StatusResult(
             root=str(self._store.root),
             agent=protocol.AgentRow(
@@ -341,7 +344,7 @@ class AgentCalls:
                 )
                 for tree in self._volumes.unknown_mounts()
             ),
-            disk=protocol.DiskRow(used=usage.used, free=usage.free, total=usage.total),
+            disk=await self._store_calls.disk(),
         )
 
     async def _running_pulls(self) -> tuple[protocol.PullRow, ...]:

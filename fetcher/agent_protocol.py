@@ -83,6 +83,17 @@ class UnmountParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     target: Text
 
 
+class GcParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    all: bool = False
+    """All that is not in use, not only what is above the watermarks."""
+    dry_run: bool = False
+
+
+class RemoveParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    references: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=1000)]
+    """References, or digests of models."""
+
+
 # ------------------------------------------------------------------------------------- results
 
 
@@ -194,10 +205,51 @@ class AgentRow(Struct, frozen=True, kw_only=True):
 
 
 class DiskRow(Struct, frozen=True, kw_only=True):
+    """Bytes, and how many."""
+
     used: int
-    """Bytes that the models and what is being fetched take."""
+    """What everything below the root takes."""
+    reserved: int
+    """Promised to running pulls, and not written yet."""
+    trash: int
+    """Evicted and not removed yet; part of ``used``."""
+    orphan_bytes: int
+    """Of what lies below the root and is in no record."""
+    limit: int | None
+    """What the root may take; None where only the disk is the limit."""
     free: int
     total: int
+    models: int
+    contents: int
+    """Layers, whole or in part."""
+
+
+class EvictedRow(Struct, frozen=True, kw_only=True):
+    kind: str
+    """``model``: its tree; ``content``: what there was of a layer."""
+    digest: str
+    selection: str = ""
+    references: tuple[str, ...] = ()
+    bytes: int
+    last_used: float
+    """Seconds since the epoch."""
+
+
+class GcResult(Struct, frozen=True, kw_only=True):
+    dry_run: bool
+    evicted: tuple[EvictedRow, ...] = ()
+    """With ``dry_run`` what would have been."""
+    freed: int = 0
+    orphan_bytes: int = 0
+    """Of what was in no record, and was adopted or released as well."""
+    used_before: int = 0
+    used: int = 0
+    limit: int | None = None
+
+
+class RemoveResult(Struct, frozen=True, kw_only=True):
+    removed: tuple[EvictedRow, ...]
+    freed: int
 
 
 class StatusResult(Struct, frozen=True, kw_only=True):
@@ -234,10 +286,12 @@ UNMOUNT: Final = Call("unmount", UnmountParams, UnmountResult)
 LIST: Final = Call("ls", NoParams, ListResult)
 INSPECT: Final = Call("inspect", InspectParams, InspectResult)
 STATUS: Final = Call("status", NoParams, StatusResult)
+GC: Final = Call("gc", GcParams, GcResult)
+REMOVE: Final = Call("rm", RemoveParams, RemoveResult)
 HANDOVER: Final = Call("handover", NoParams, HandoverResult)
 """Asks a command that is the agent to leave the store to the caller; a serving agent refuses."""
 
-CALLS: Final = (PING, PULL, MOUNT, UNMOUNT, LIST, INSPECT, STATUS, HANDOVER)
+CALLS: Final = (PING, PULL, MOUNT, UNMOUNT, LIST, INSPECT, STATUS, GC, REMOVE, HANDOVER)
 
 
 # ------------------------------------------------------------------------------------ messages

@@ -15,6 +15,7 @@ from csi.cli.models import inspect, list_models, pull, push
 from csi.cli.options import Invocation, global_options
 from csi.cli.running import Interrupted, innermost
 from csi.cli.serve import serve
+from csi.cli.store import gc, remove
 from csi.cli.volumes import mount, status, unmount
 from fetcher.errors import ModelError
 
@@ -54,7 +55,7 @@ def model_csi(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for command in (serve, pull, mount, unmount, push, list_models, inspect, status):
+for command in (serve, pull, mount, unmount, push, list_models, inspect, status, gc, remove):
     model_csi.add_command(command)
 
 

@@ -126,6 +126,54 @@ def model(found: protocol.InspectResult) -> None:
         print(f"config {json.dumps(found.config, indent=2)}")
 
 
+def _disk(disk: protocol.DiskRow) -> list[tuple[str, str]]:
+    limit = "" if disk.limit is None else f" of at most {bytes_text(disk.limit)}"
+    reserved = f", {bytes_text(disk.reserved)} more reserved" if disk.reserved else ""
+    rows = [
+        ("store", f"{bytes_text(disk.used)}{limit}{reserved}, {disk.models} models"),
+        ("disk", f"{bytes_text(disk.free)} free of {bytes_text(disk.total)}"),
+    ]
+    if disk.orphan_bytes:
+        rows.append(("orphans", f"{bytes_text(disk.orphan_bytes)} without a record"))
+    return rows
+
+
+def collected(found: protocol.GcResult) -> None:
+    """Print what was evicted, or would have been."""
+    if found.evicted:
+        _evicted(found.evicted)
+        print()
+    word = "would free" if found.dry_run else "freed"
+    rows = [(word, bytes_text(found.freed))]
+    if found.orphan_bytes:
+        rows.append(("orphans", f"{bytes_text(found.orphan_bytes)} without a record"))
+    limit = "" if found.limit is None else f" of at most {bytes_text(found.limit)}"
+    facts([*rows, ("used", f"{bytes_text(found.used)}{limit}")])
+
+
+def removed(found: protocol.RemoveResult) -> None:
+    """Print what was removed."""
+    _evicted(found.removed)
+    print()
+    facts([("freed", bytes_text(found.freed))])
+
+
+def _evicted(rows: Sequence[protocol.EvictedRow]) -> None:
+    table(
+        ("KIND", "DIGEST", "SIZE", "LAST USED", "REFERENCES"),
+        [
+            (
+                row.kind,
+                short(row.digest) + (f".{row.selection[:8]}" if row.selection else ""),
+                bytes_text(row.bytes),
+                moment(row.last_used),
+                " ".join(row.references),
+            )
+            for row in rows
+        ],
+    )
+
+
 def status(found: protocol.StatusResult) -> None:
     """Print how a node is doing."""
     agent = found.agent
@@ -139,13 +187,7 @@ def status(found: protocol.StatusResult) -> None:
         running = f"process {agent.pid}, a command, since {moment(agent.started)}"
     rows = [("root", found.root), ("agent", running)]
     if found.disk is not None:
-        rows.append(
-            (
-                "disk",
-                f"{bytes_text(found.disk.used)} used, {bytes_text(found.disk.free)} free of "
-                f"{bytes_text(found.disk.total)}",
-            )
-        )
+        rows.extend(_disk(found.disk))
     facts(rows)
     if found.pulls:
         print()

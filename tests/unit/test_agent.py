@@ -160,7 +160,7 @@ def test_a_call_is_answered(tmp_path: Path) -> None:
     [
         b"",
         b"GET / HTTP/1.1",
-        b'{"call": "gc"}',
+        b'{"call": "format"}',
         b'{"call": "ping", "params": {"x": 1}}',
         b'{"call": "pull", "params": {"reference": 5}}',
         b'{"call": "pull", "params": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",

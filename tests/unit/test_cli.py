@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ from csi.cli import output
 from csi.cli.app import main, model_csi
 from csi.cli.running import Interrupted, run
 from csi.config import settings
-from csi.disk_usage import disk_usage
 from csi.progress import PlainLines, shown
 from fetcher import errors
 from fetcher.agent_protocol import CALLS, Login
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from csi.cli.program import Program
 
 SECRET = "s3cr3t-and-l0ng-enough"
-COMMANDS = ("serve", "pull", "mount", "unmount", "push", "ls", "inspect", "status")
+COMMANDS = ("serve", "pull", "mount", "unmount", "push", "ls", "inspect", "status", "gc", "rm")
 
 
 @pytest.fixture
@@ -420,29 +418,6 @@ def test_a_title_is_no_markup() -> None:
     with shown("[red]x[/red]", stream, quiet=False) as show:
         show(1, 2)
     assert "[red]x[/red]" in stream.getvalue()
-
-
-# -- disk usage ------------------------------------------------------------------------------------
-
-
-def test_links_count_once(tmp_path: Path, still: threading.Event) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "a").write_bytes(b"x" * 1_000_000)
-    (tmp_path / "below/b").hardlink_to(tmp_path / "a")
-    usage = disk_usage(tmp_path, still)
-    assert 1_000_000 <= usage.used < 1_100_000
-    assert 0 < usage.free <= usage.total
-
-
-def test_a_sparse_file_counts_what_it_takes(tmp_path: Path, still: threading.Event) -> None:
-    with (tmp_path / "sparse").open("wb") as file:
-        file.truncate(1 << 30)
-    assert disk_usage(tmp_path, still).used < 1_000_000
-
-
-@pytest.fixture
-def still() -> threading.Event:
-    return threading.Event()
 
 
 # -- documentation ---------------------------------------------------------------------------------
