@@ -84,6 +84,9 @@ class PullService(Protocol):
     def release(self, holder: str) -> None:
         """``holder`` does not come again."""
 
+    def left(self, model: str, selection: str) -> None:
+        """A volume does not show this tree any more: it was used until now."""
+
 
 @dataclass(frozen=True)
 class PublishRequest:
@@ -286,8 +289,11 @@ class Volumes:
         logger.info("unpublished volume %s", volume_id)
 
     async def _take_down(self, volume_id: str, target: Path) -> None:
+        record = self._records.get(volume_id, target)
         self._pulls.release(_holder(volume_id, target))
         await self._placement.clear(volume_id, target)
+        if record is not None:
+            self._pulls.left(record.model, record.selection)
 
     # -- what is there -----------------------------------------------------------------------------
 

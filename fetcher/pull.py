@@ -26,12 +26,15 @@ from fetcher.download import Source
 from fetcher.errors import (
     AccessDenied,
     InProgress,
+    InvalidArtifact,
     ModelError,
+    NoSpace,
     NotFound,
     Unauthenticated,
     Unavailable,
 )
-from fetcher.modelpack import read_model
+from fetcher.modelpack import Selection, read_model
+from fetcher.oci import Digest
 from fetcher.policy import PullPolicy, ReferencePolicy
 from fetcher.threads import run_stoppable
 
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
 
     from fetcher.credentials import Keychain
     from fetcher.jobs import Job, Jobs
-    from fetcher.modelpack import Layer, Model, Selection
-    from fetcher.oci import Digest, Manifest, Reference
+    from fetcher.modelpack import Layer, Model
+    from fetcher.oci import Manifest, Reference
     from fetcher.registry import Registry
     from fetcher.store import ModelTree, Store
 
@@ -288,6 +291,13 @@ class Pulls:
         for pull in self._pulls.values():
             if pull.holders.pop(holder, None) is not None:
                 self._set_deadline(pull)
+
+    def left(self, model: str, selection: str) -> None:
+        """A volume does not show this tree any more: it was used until now, and may go."""
+        with contextlib.suppress(InvalidArtifact, NoSpace):
+            # only decides what is evicted first: no reason for an unpublish to fail
+            self._store.catalog.touch_model(Digest.parse(model), selection)
+        self._store.garbage.ask()
 
     def _set_deadline(self, pull: Pull) -> None:
         """Let the pull run as long as somebody waits, else as long as anybody may come again."""

@@ -102,6 +102,9 @@ class HandMadePulls:
     def release(self, holder: str) -> None:
         self.holders.discard(holder)
 
+    def left(self, model: str, selection: str) -> None:
+        """Nothing: these trees are never evicted."""
+
 
 class HandMadePull:
     """One wait for one tree."""
