@@ -15,7 +15,7 @@ import copy
 import logging
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -363,6 +363,19 @@ class Pulls:
         tree = await run_stoppable(lambda stop: store.build(model, selection, planned, stop))
         store.add_tree(tree, model, selection)
         return tree
+
+    async def fetch(self, resolved: Resolved, layers: list[Layer]) -> None:
+        """Have some layers of a model in the store, and build nothing. Raises :class:`ModelError`.
+
+        What is here must be held by the caller, what is fetched is held until this returns.
+        """
+        part = replace(resolved.model, layers=tuple(layers))
+        everything = Selection()
+        pull = Pull(resolved, everything, previous=None)
+        with self._store.held(part, everything):
+            await self._store.reserve(str(resolved.reference), part, everything)
+            await self._fetch_layers(pull, layers)
+        await self._store.rooms.settle()
 
     async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
         """Fetch and unpack layers, several at a time. The first failure stops the others."""

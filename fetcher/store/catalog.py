@@ -130,17 +130,20 @@ class Catalog:
         rows = self._database.connection.execute("SELECT digest, selection, used FROM models")
         return [(Digest.parse(digest), selection, used) for digest, selection, used in rows]
 
-    def layers(self, digest: Digest) -> list[Digest]:
-        """The blobs of all layers of a model; nothing where its manifest is not here."""
+    def manifest_of(self, digest: Digest) -> Manifest | None:
+        """The manifest of a model that was resolved before; its bytes are checked again."""
         row = self._database.connection.execute(
             "SELECT media_type, body FROM manifests WHERE digest = ? LIMIT 1", (str(digest),)
         ).fetchone()
         if row is None or not digest.matches(row[1]):
-            return []
+            return None
         manifest = parse_manifest(row[1], row[0])
-        if not isinstance(manifest, Manifest):
-            return []
-        return [layer.digest for layer in manifest.layers]
+        return manifest if isinstance(manifest, Manifest) else None
+
+    def layers(self, digest: Digest) -> list[Digest]:
+        """The blobs of all layers of a model; nothing where its manifest is not here."""
+        manifest = self.manifest_of(digest)
+        return [] if manifest is None else [layer.digest for layer in manifest.layers]
 
     def named(self, reference: Reference) -> Digest | None:
         """The model that a tag last led to here, or that a digest names, its own or an index's."""

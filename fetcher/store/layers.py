@@ -9,6 +9,7 @@ byte.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -17,6 +18,7 @@ import msgspec
 
 from fetcher.archives import read_tar
 from fetcher.artifacts import Entry, FileEntry, FolderEntry, HardLinkEntry, LinkEntry
+from fetcher.oci import Digest
 from fetcher.store.disk import finish_file, whole_folder, write_all, write_durably
 from fetcher.threads import Stopped
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from fetcher.modelpack import Packing
 
 _COPY_BYTES: Final = 1024 * 1024
+_FILE_BYTES: Final = 2 * 4096
+"""What a file takes beyond its size: the rest of its last block, its name."""
 INDEX: Final = "index.json"
 FRAME: Final = "frame"
 
@@ -41,6 +45,8 @@ class LayerFile:
     source: Path
     offset: int
     """Where its bytes begin in the blob; -1 where the blob was compressed."""
+    digest: Digest | None
+    """Of its bytes, where the blob was compressed: that one's digest does not tell of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +65,17 @@ class _Record(msgspec.Struct, omit_defaults=True):
     mtime_ns: int | None = None
     target: str = ""
     offset: int = -1
+    digest: str = ""
 
 
-def _to_record(entry: Entry, offset: int) -> _Record:
+def _to_record(entry: Entry, offset: int, digest: Digest | None) -> _Record:
     match entry:
         case FileEntry():
             executable, mtime_ns = entry.executable, entry.mtime_ns
-            return _Record("file", entry.path, entry.size, executable, mtime_ns, offset=offset)
+            found = str(digest or "")
+            return _Record(
+                "file", entry.path, entry.size, executable, mtime_ns, offset=offset, digest=found
+            )
         case FolderEntry():
             return _Record("folder", entry.path)
         case LinkEntry():
@@ -87,8 +97,8 @@ def _to_entry(record: _Record) -> Entry:
 
 
 def encode_index(entries: Iterable[tuple[Entry, int]]) -> bytes:
-    """The index of a layer: its entries, files with their offset in the blob or -1."""
-    return msgspec.json.encode([_to_record(entry, offset) for entry, offset in entries])
+    """The index of an uncompressed tar: its entries, with the offset of each in the blob."""
+    return msgspec.json.encode([_to_record(entry, offset, None) for entry, offset in entries])
 
 
 def load_layer(folder: Path) -> LayerFiles:
@@ -96,13 +106,18 @@ def load_layer(folder: Path) -> LayerFiles:
     records = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[_Record])
     entries = tuple(_to_entry(record) for record in records)
     regular = [
-        (entry, record.offset)
+        (entry, record)
         for entry, record in zip(entries, records, strict=True)
         if isinstance(entry, FileEntry)
     ]
     files = tuple(
-        LayerFile(entry, folder / str(number), offset)
-        for number, (entry, offset) in enumerate(regular)
+        LayerFile(
+            entry,
+            folder / str(number),
+            record.offset,
+            Digest.parse(record.digest) if record.digest else None,
+        )
+        for number, (entry, record) in enumerate(regular)
     )
     return LayerFiles(entries, files)
 
@@ -114,27 +129,34 @@ def unpack_layer(
     limits: UnpackLimits,
     stop: threading.Event,
     check: Callable[[Entry], None],
+    grow: Callable[[int], None],
 ) -> None:
     """Unpack the complete ``blob`` into ``folder``, durably, all of it or nothing.
 
-    ``check`` sees every entry before it is written and refuses it by raising. Raises
-    :class:`fetcher.errors.InvalidArtifact` for a hostile or broken archive, ``NoSpace`` for a full
-    disk, and :class:`fetcher.threads.Stopped`.
+    ``check`` sees every entry before it is written and refuses it by raising; ``grow`` is told of
+    bytes before they are taken. Raises :class:`fetcher.errors.InvalidArtifact` for a hostile or
+    broken archive, ``NoSpace``, and :class:`fetcher.threads.Stopped`.
     """
     with whole_folder(folder, mode=0o700) as scratch:
-        entries: list[tuple[Entry, int]] = []
+        records: list[_Record] = []
         regular = 0
         with blob.open("rb", buffering=0) as stream:
             for entry, content in read_tar(stream, packing, limits):
                 check(entry)
-                entries.append((entry, -1))
+                digest = None
                 if isinstance(entry, FileEntry) and content is not None:
-                    _write_file(scratch / str(regular), entry, content, stop)
+                    grow(entry.size + _FILE_BYTES)
+                    digest = _write_file(scratch / str(regular), entry, content, stop)
                     regular += 1
-        write_durably(scratch / INDEX, encode_index(entries))
+                records.append(_to_record(entry, -1, digest))
+        index = msgspec.json.encode(records)
+        grow(len(index) + _FILE_BYTES)
+        write_durably(scratch / INDEX, index)
 
 
-def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading.Event) -> None:
+def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading.Event) -> Digest:
+    """Write a file's bytes and put them on the disk; what their digest is."""
+    hasher = hashlib.sha256()
     buffer = bytearray(min(_COPY_BYTES, max(entry.size, 1)))
     view = memoryview(buffer)
     left = entry.size
@@ -146,7 +168,9 @@ def _write_file(path: Path, entry: FileEntry, content: BinaryIO, stop: threading
             read = content.readinto(view[: min(left, len(view))])  # type: ignore[attr-defined]
             if not read:
                 raise ValueError(f"{entry.path!r} ended early, which read_tar has to refuse")
+            hasher.update(view[:read])
             write_all(file.fileno(), view[:read])
             left -= read
         finish_file(file.fileno(), executable=entry.executable, mtime_ns=entry.mtime_ns)
         os.fsync(file.fileno())
+    return Digest("sha256", hasher.hexdigest())

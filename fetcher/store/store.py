@@ -13,11 +13,13 @@ from fetcher.errors import InProgress, ModelError
 from fetcher.modelpack import Packing
 from fetcher.store.blobs import PartialBlob
 from fetcher.store.catalog import Catalog
+from fetcher.store.damages import Damages
 from fetcher.store.database import Database
 from fetcher.store.disk import disk_error
 from fetcher.store.footprint import BLOBS, MODELS, TRASH, content_name, tree_name
 from fetcher.store.garbage import Garbage
 from fetcher.store.holdings import Holdings
+from fetcher.store.integrity import Wanted, blob_problem, heal_tree, layer_problem
 from fetcher.store.layers import FRAME, load_layer, unpack_layer
 from fetcher.store.orphans import Orphans
 from fetcher.store.places import TarFiles, WholeFile
@@ -28,7 +30,7 @@ from fetcher.store.trees import ModelTree, build_tree, measure_tree
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -54,6 +56,7 @@ class Store:
         self.root = root
         self.database = database
         self.catalog = Catalog(database)
+        self.damages = Damages(database)
         self.space = Space(root, Holdings(database), limits)
         self.garbage = Garbage(database, self.catalog, self.space)
         self.rooms = Rooms(self.space, self.garbage)
@@ -173,6 +176,33 @@ class Store:
         size = self.catalog.blob_size(digest)
         return None if size is None else StoredBlob.of_file(path, size)
 
+    def is_complete(self, digest: Digest) -> bool:
+        """Whether a content is said to be complete, in whatever form."""
+        return self.catalog.blob_size(digest) is not None or self._files_path(digest).exists()
+
+    def has_files(self, layer: Layer) -> bool:
+        """Whether what trees link to is there, by the disk alone: for a worker thread."""
+        digest = layer.descriptor.digest
+        if layer.packing is Packing.RAW:
+            return self.blob_path(digest).exists()
+        return self._files_path(digest).exists()
+
+    def content_check(self, digest: Digest) -> Callable[[threading.Event], str | None]:
+        """What reads a complete content again, in a worker thread, and says what is wrong with it.
+
+        It gives None if nothing is, and raises :class:`fetcher.threads.Stopped`.
+        """
+        path, files = self.blob_path(digest), self._files_path(digest)
+        is_blob, is_layer = self.catalog.blob_size(digest) is not None, files.exists()
+
+        def check(stop: threading.Event) -> str | None:
+            problem = layer_problem(files, digest, stop) if is_layer else None
+            if problem is None and (is_blob or not is_layer):
+                problem = blob_problem(path, digest, stop)
+            return problem
+
+        return check
+
     # -- space -------------------------------------------------------------------------------------
 
     def held(self, model: Model, selection: Selection) -> AbstractContextManager[None]:
@@ -214,7 +244,11 @@ class Store:
         """Whether nothing of this layer needs to be fetched."""
         if layer.packing is Packing.RAW:
             return self.has_blob(layer.descriptor)
-        return self._files_path(layer.descriptor.digest).is_dir()
+        there = self._files_path(layer.descriptor.digest).is_dir()
+        if there and layer.packing is Packing.TAR and not self.has_blob(layer.descriptor):
+            # what a kill left between the last step of its download and the removal of its frame
+            self.discard_blob(layer.descriptor.digest)
+        return there
 
     def lay_out(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> None:
         """Make a layer's content of its complete blob, in a worker thread; durable.
@@ -314,7 +348,8 @@ class Store:
         path.parent.mkdir(mode=0o755, exist_ok=True)
         if path.exists():
             # whole, as it was renamed into place: its builder was killed before it could record it,
-            # and volumes may be bound to it already
+            # or it was found to be damaged; volumes may be bound to it already
+            heal_tree(Wanted.of(planned), path, stop)
             size, files = measure_tree(planned[0])
         else:
             room = self.rooms.room(tree_name(model.digest, selection.key))
@@ -327,11 +362,12 @@ class Store:
         contents = {content_name(layer.descriptor.digest) for layer in layers}
         self.space.holdings.use(tree_name(model.digest, selection.key), contents)
         self.catalog.add_model(model.digest, selection.key, tree.size, tree.files)
+        self.damages.remove([tree_name(model.digest, selection.key)])
 
     def tree(self, digest: Digest, selection: Selection) -> ModelTree | None:
-        """A model's tree if it was built before and is still there."""
+        """A model's tree if it was built before, is still there, and not known to be damaged."""
         recorded = self.catalog.model(digest, selection.key)
-        if recorded is None:
+        if recorded is None or self.damages.has(tree_name(digest, selection.key)):
             return None
         path = self._tree_path(digest, selection)
         if not path.is_dir():

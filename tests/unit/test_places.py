@@ -118,10 +118,12 @@ def test_verification_moves_what_arrived_before_its_headers(tmp_path: Path) -> N
     verifying = threading.Thread(target=lambda: outcome.append(blob.verify(GO_ON)))
     verifying.start()
     pieces = list(Range(0, len(archive)).split(8 * CHUNK))
-    senders = [
-        threading.Thread(target=lambda n=number: [_send(blob, archive, p) for p in pieces[n::4]])
-        for number in (3, 2, 1, 0)
-    ]
+
+    def send(first: int) -> None:
+        for piece in pieces[first::4]:
+            _send(blob, archive, piece)
+
+    senders = [threading.Thread(target=send, args=(number,)) for number in (3, 2, 1, 0)]
     for sender in senders:
         sender.start()
     for thread in (*senders, verifying):
