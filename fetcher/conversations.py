@@ -149,9 +149,7 @@ class Conversations:
                 return reply, end.value
 
     async def _attempt(self, host: Host, wish: Wish, authorization: str | None) -> Answer:
-        headers = host.headers + wish.headers
-        if authorization is not None:
-            headers += (("Authorization", authorization),)
+        headers = host.showing(authorization) + wish.headers
         return await self._exchange.ask(
             Question(
                 method=wish.method,

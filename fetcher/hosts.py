@@ -35,6 +35,7 @@ logger: Final = logging.getLogger(__name__)
 MAX_HOSTS_BYTES: Final = 1024 * 1024
 _MAX_KNOWN: Final = 4096
 _CAPABILITIES: Final = frozenset({"pull", "resolve", "push", "referrers"})
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DURATION: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+")
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 _SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -73,6 +74,13 @@ class Host:
     def name(self) -> str:
         """Whose credentials and errors these are: the registry as references have it, or itself."""
         return self.registry if self.is_own else self.netloc
+
+    def showing(self, authorization: str | None) -> Headers:
+        """Its headers, with an ``Authorization`` unless the administrator gave it one."""
+        own = any(name.lower() == "authorization" for name, _ in self.headers)
+        if authorization is None or own:
+            return self.headers
+        return (*self.headers, ("Authorization", authorization))
 
     def url(self, path: str) -> str:
         """The address of ``path``, which begins behind ``/v2``.
@@ -298,15 +306,21 @@ def _headers(value: object) -> Headers:
     if not isinstance(value, dict):
         raise ValueError("'header' has to be a table")
     return tuple(
-        (_printable(name), _printable(text))
+        (_header_name(name), _header_value(text))
         for name, texts in value.items()
         for text in ([texts] if isinstance(texts, str) else _texts(texts, f"header {name}"))
     )
 
 
-def _printable(text: str) -> str:
+def _header_name(name: str) -> str:
+    if not _HEADER_NAME.fullmatch(name):
+        raise ValueError(f"{name[:100]!r} is not the name of a header")
+    return name
+
+
+def _header_value(text: str) -> str:
     # a line break would make two headers of one
-    if not text.isprintable():
+    if not (text.isascii() and text.isprintable()):
         raise ValueError("a header has a character that cannot be sent")
     return text
 

@@ -178,11 +178,13 @@ class Registry:
         kept, and a new token is fetched only if it does not. So many connections of one blob that
         are refused together cost one token.
         """
+        hosts = await self.hosts(reference)
         if host is None:
-            host = (await self.hosts(reference)).server
+            host = hosts.server
         credentials = await keychain.lookup(host.name, reference.repository)
         wish = _blob_wish(reference, digest, "HEAD")
-        if host.mirror:
+        if hosts.mirrors:
+            # somebody else may have it meanwhile
             wish = replace(wish, patience=_HURRIED)
         known, authorization = await self._conversations.known_authorization(
             host, wish, credentials
@@ -191,11 +193,8 @@ class Registry:
         if renew or not (known or host.mirror):
             reply = await self._conversations.ask(host, wish, credentials)
             authorization = reply.authorization
-        headers = host.headers
-        if authorization is not None:
-            headers += (("Authorization", authorization),)
         return BlobAccess(
-            Hop(host.url(wish.path), headers, host.trust),
+            Hop(host.url(wish.path), host.showing(authorization), host.trust),
             self._conversations.route(host),
             host.connect_timeout or (_MIRROR_CONNECT_SECONDS if host.mirror else None),
             _MIRROR_STALL_SECONDS if host.mirror else None,

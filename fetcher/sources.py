@@ -23,6 +23,7 @@ _WITHOUT_RANGES: Final = 600.0
 _AWAY: Final = 60.0
 _WORTH_WAITING: Final = 5.0
 """How long a mirror's rest is waited for, rather than for a registry that is away."""
+_MAX_HOSTS: Final = 4096
 _BEGUN: Final = 0.1
 """The part of a blob from which on it is not fetched again from its first byte."""
 
@@ -102,7 +103,11 @@ class Health:
         return sorted(dict.fromkeys(hosts), key=lambda host: self.rest(host, now))
 
     def _of(self, host: str) -> _Known:
-        return self._hosts.setdefault(host, _Known())
+        known = self._hosts.setdefault(host, _Known())
+        if len(self._hosts) > _MAX_HOSTS:
+            # pods name registries: what they name must not fill the memory
+            del self._hosts[next(iter(self._hosts))]
+        return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import socket
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -100,10 +101,6 @@ def test_a_mirror_serves_the_bytes_and_the_registry_the_proof(
     assert all("/blobs/" in path for _, path in mirror.counts.requests)
 
 
-def _refuse(proxy: Proxy) -> None:
-    proxy.faults = Faults(statuses=[503] * 1000)
-
-
 FAULTS: dict[str, tuple[Faults, float, float]] = {
     # what the mirror does; what the registry may send at most, and both together, of the blob
     "missing": (Faults(statuses=[404] * 99), 1.0, 1.0),
@@ -155,7 +152,27 @@ def test_mirrors_that_are_not_there_are_passed_over(
     assert mirror.counts.total == 4 * PIECE
 
 
-def test_a_mirror_that_stalls_is_left_at_the_byte_where_it_stopped(
+def test_a_mirror_that_answers_and_falls_silent_is_left(
+    tmp_path: Path, registry: RegistryServer, home: Proxy, mirror: Proxy
+) -> None:
+    builder, files = weights(4 * PIECE)
+    builder.push(registry, "mirrored/silent", "v1")
+    awake = threading.Event()
+    mirror.faults = Faults(stall=awake)
+
+    async def work(node: Node) -> None:
+        assert shown(await node.pull(f"{home.address}/mirrored/silent:v1")) == files
+
+    try:
+        text = mirrors_toml(mirror.address)
+        in_node(tmp_path / "root", settings(tmp_path, home.address, text), work)
+        assert home.counts.total == 4 * PIECE
+        assert mirror.counts.ranges
+    finally:
+        awake.set()
+
+
+def test_a_mirror_that_breaks_off_is_left_at_the_byte_where_it_stopped(
     tmp_path: Path, registry: RegistryServer, home: Proxy, mirror: Proxy
 ) -> None:
     builder, files = weights(8 * PIECE)

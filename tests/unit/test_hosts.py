@@ -190,6 +190,14 @@ def test_another_server_stands_for_the_registry_under_its_own_name() -> None:
     assert not found.server.is_own
 
 
+def test_an_authorization_in_the_file_is_not_joined_by_another() -> None:
+    text = '[host."https://m".header]\nauthorization = "Basic a"\n[host."https://n"]\n'
+    mirror, other = parsed(text).mirrors
+    assert mirror.showing("Basic b") == (("authorization", "Basic a"),)
+    assert other.showing("Basic b") == (("Authorization", "Basic b"),)
+    assert "Basic a" not in repr(mirror)
+
+
 def test_settings_by_name_hold_for_whom_they_name() -> None:
     text = '[host."https://mirror.lan"]\n[host."https://other.lan"]\n'
     found = parsed(text, "ghcr.io", insecure=("mirror.lan",), ca_file=Path("/ca.pem"))
@@ -215,6 +223,8 @@ def test_settings_by_name_hold_for_whom_they_name() -> None:
         ('[host."https://m"]\ndial_timeout = "soon"', "not a duration"),
         ('[host."https://m".header]\nx = 1', "header"),
         ('[host."https://m".header]\nx = "a\\nb"', "cannot be sent"),
+        ('[host."https://m".header]\nx = "ä"', "cannot be sent"),
+        ('[host."https://m".header]\n"x y" = "a"', "name of a header"),
         ('[host."ftp://m"]', "not the address"),
         ('[host."https://user:word@m"]', "more in it"),
         ('[host."https://m:0"]', "not the address"),

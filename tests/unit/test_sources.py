@@ -110,6 +110,14 @@ def test_the_order_of_hosts_that_may_resolve() -> None:
     assert health.order(["a", "b", "c"], 5) == ["b", "c", "a"]
 
 
+def test_what_is_known_is_bounded() -> None:
+    health = Health()
+    for number in range(5000):
+        health.left(f"https://{number}", now=0)
+    assert health.is_away("https://4999", 1)
+    assert not health.is_away("https://0", 1)
+
+
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(["failed", "lied", "ignored_range", "lacks", "succeeded", "left"]),
