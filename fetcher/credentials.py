@@ -100,10 +100,10 @@ class VolumeSecrets:
 
     _auths: Mapping[str, Credentials] = field(repr=False)
     _plain: Credentials | None = field(default=None, repr=False)
-    _registry: str | None = None
+    _registry: str = ""
 
     @classmethod
-    def parse(cls, secrets: Mapping[str, str], registry: str | None = None) -> VolumeSecrets:
+    def parse(cls, secrets: Mapping[str, str], registry: str) -> VolumeSecrets:
         """Read a secret of type ``kubernetes.io/dockerconfigjson``, its older form
         ``kubernetes.io/dockercfg``, or the keys ``username`` and ``password``.
 
@@ -128,7 +128,7 @@ class VolumeSecrets:
 
     async def lookup(self, registry: str, repository: str) -> Credentials | None:
         """The most specific entry of the secret."""
-        if self._plain and (self._registry is None or _same_registry(self._registry, registry)):
+        if self._plain and _same_registry(self._registry, registry):
             return self._plain
         return match(self._auths, registry, repository)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from fetcher.credentials import Anonymous, Keychain, VolumeSecrets
+from fetcher.credentials import Anonymous, Keychain
 from fetcher.download import DownloadSettings
 from fetcher.errors import (
     DigestMismatch,
@@ -29,6 +29,7 @@ from fetcher.pull import Pull, Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.store import ModelTree, Store
 from fetcher.transport import TransferSettings
+from tests.support.keychains import Everywhere
 from tests.support.models import Member, ModelBuilder, gzip_bomb, tiny_model
 from tests.support.proxy import Faults, Proxy, serve_proxy
 from tests.support.registry import serve_registry
@@ -418,8 +419,7 @@ def test_too_little_room_is_said_before_a_byte_is_fetched(
 
 
 def test_a_cached_model_is_not_a_public_model(tmp_path: Path) -> None:
-    right = VolumeSecrets.parse({"username": "ann", "password": "right"})
-    wrong = VolumeSecrets.parse({"username": "ann", "password": "wrong"})
+    right, wrong = Everywhere("ann", "right"), Everywhere("ann", "wrong")
     with serve_registry(tmp_path / "registry", users={"ann": "right"}) as private:
         builder, files = weights(CHUNK)
         push(private, builder, "private")

@@ -297,7 +297,7 @@ def test_tokens_for_strangers_wrong_passwords_and_identities(
     assert manifest(reference)
     tokens.identity_tokens.add("refresh-me")
     auths = {"auths": {token_registry.address: {"identitytoken": "refresh-me"}}}
-    keychain = VolumeSecrets.parse({".dockerconfigjson": json.dumps(auths)})
+    keychain = VolumeSecrets.parse({".dockerconfigjson": json.dumps(auths)}, "unrelated.example")
     assert manifest(reference, keychain)
     assert tokens.requests[-1].method == "POST"
     assert tokens.requests[-1].authorization is None

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from fetcher.credentials import Anonymous, Keychain, VolumeSecrets
+from fetcher.credentials import Anonymous, Keychain
 from fetcher.oci import Digest, Manifest, Reference
 from fetcher.registry import Registry, RegistrySettings
+from tests.support.keychains import Everywhere
 from tests.support.registry import OCI_MANIFEST, RegistryServer
 from tests.support.token_server import PASSWORD
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 MODEL_TYPE = "application/vnd.cncf.model.manifest.v1+json"
-ROBOT = VolumeSecrets.parse({"username": "robot", "password": PASSWORD})
-WRONG = VolumeSecrets.parse({"username": "robot", "password": "not-" + PASSWORD})
+ROBOT = Everywhere("robot", PASSWORD)
+WRONG = Everywhere("robot", "not-" + PASSWORD)
 NOBODY = Anonymous()
 QUICK = RegistrySettings(attempts=3, retry_seconds=20, connect_timeout=3, stall_timeout=5)
 

@@ -44,7 +44,7 @@ def entry(name: str = "robot", password: str = SECRET) -> dict[str, str]:
 
 
 def secret(**auths: dict[str, str]) -> VolumeSecrets:
-    return VolumeSecrets.parse({".dockerconfigjson": json.dumps({"auths": auths})})
+    return VolumeSecrets.parse({".dockerconfigjson": json.dumps({"auths": auths})}, "ghcr.io")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,8 @@ def test_a_docker_config_secret_is_read_in_all_its_forms() -> None:
                     "somethingNew": [1, 2],
                 }
             )
-        }
+        },
+        "six.example",
     )
     assert lookup(keychain, "one.example") == Credentials("robot", "a:b")
     assert lookup(keychain, "two.example") == Credentials("robot", SECRET)
@@ -128,7 +129,7 @@ def test_a_docker_config_secret_is_read_in_all_its_forms() -> None:
 
 
 def test_the_older_form_of_a_secret_is_read() -> None:
-    keychain = VolumeSecrets.parse({".dockercfg": json.dumps({"one.example": entry()})})
+    keychain = VolumeSecrets.parse({".dockercfg": json.dumps({"one.example": entry()})}, "ghcr.io")
     assert lookup(keychain, "one.example") == Credentials("robot", SECRET)
 
 
@@ -140,7 +141,7 @@ def test_a_bare_user_name_is_for_the_volumes_own_registry_alone() -> None:
 
 
 def test_a_volume_without_a_secret_has_no_credentials() -> None:
-    assert lookup(VolumeSecrets.parse({}), "ghcr.io") is None
+    assert lookup(VolumeSecrets.parse({}, "ghcr.io"), "ghcr.io") is None
     assert lookup(Anonymous(), "ghcr.io") is None
 
 
@@ -179,12 +180,12 @@ def test_a_malformed_secret_is_named_and_never_quoted(secrets: dict[str, str]) -
 @given(st.text(max_size=200))
 def test_no_text_makes_a_secret_fail_otherwise(text: str) -> None:
     with contextlib.suppress(InvalidRequest):
-        VolumeSecrets.parse({".dockerconfigjson": text})
+        VolumeSecrets.parse({".dockerconfigjson": text}, "ghcr.io")
 
 
 def test_credentials_do_not_show() -> None:
     credentials = Credentials(SECRET, SECRET, SECRET)
-    keychain = VolumeSecrets.parse({"username": SECRET, "password": SECRET})
+    keychain = VolumeSecrets.parse({"username": SECRET, "password": SECRET}, "ghcr.io")
     config = secret(**{"ghcr.io": entry()})
     told = f"{credentials} {credentials!r} {keychain!r} {config!r} {Chain(config)!r}"
     assert SECRET not in told
