@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+import sys
 import threading
+import traceback
 from typing import TYPE_CHECKING
 
 import trio
@@ -24,7 +27,7 @@ from fetcher.transport import TransferSettings
 from tests.support.models import ModelBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from fetcher.modelpack import Layer
@@ -37,6 +40,11 @@ NO_FLOOR = Limits(min_free=0)
 NOBODY = Anonymous()
 STILL = threading.Event()
 """Never set."""
+
+_NAME_EVENTS = frozenset(
+    {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
+)
+"""What Python tells before it changes a name on the disk."""
 
 QUICK = DownloadSettings(
     first_backoff=0.01, longest_backoff=0.05, transfer=TransferSettings(stall_timeout=5)
@@ -138,3 +146,41 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     finally:
         subprocess.run(["umount", str(folder)], check=True)
         image.unlink()
+
+
+def killed_at(step: int, work: Callable[[Callable[[object]], None]]) -> bool:
+    """Run ``work`` in a process of its own that is killed at its ``step``-th step.
+
+    Steps are what it does to names on the disk, and what it tells ``work``'s argument. Returns
+    whether it came so far; else it has ended by itself.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            work(_killing(step))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0, "the process failed by itself"
+        return False
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return True
+
+
+def _killing(step: int) -> Callable[[object], None]:
+    left = [step]
+
+    def one(_: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if event in _NAME_EVENTS:
+            one(event)
+
+    sys.addaudithook(audit)
+    return one
