@@ -167,7 +167,7 @@ class AgentCalls:
         self._volumes = volumes
         self._keychain = keychain
         self._facts = facts
-        self._store_calls = StoreCalls(store, volumes)
+        self._store_calls = StoreCalls(store, volumes, pulls, keychain)
         self._table: Mapping[str, Callable[[Any, Watch], Awaitable[Struct]]] = {
             protocol.PING.name: self._ping,
             protocol.PULL.name: self._pull,
@@ -177,6 +177,7 @@ class AgentCalls:
             protocol.INSPECT.name: self._inspect,
             protocol.STATUS.name: self._status,
             protocol.GC.name: self._store_calls.collect,
+            protocol.VERIFY.name: self._store_calls.verify,
             protocol.REMOVE.name: self._store_calls.remove,
         }
 

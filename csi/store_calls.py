@@ -1,4 +1,4 @@
-"""What an agent does with its store for commands: collect garbage, remove models, tell the disk."""
+"""What an agent does with its store for commands: collect, remove, verify, tell the disk."""
 
 from __future__ import annotations
 
@@ -9,20 +9,30 @@ from fetcher.errors import Conflict, InvalidArtifact, NotFound
 from fetcher.oci import Digest, Reference
 from fetcher.store.collection import EVERYTHING, HeldTree
 from fetcher.store.footprint import content_of, tree_of
+from fetcher.verification import Verifier
 
 if TYPE_CHECKING:
     from csi.agent import Watch
     from csi.volumes import Volumes
+    from fetcher.credentials import Keychain
+    from fetcher.pull import Pulls
     from fetcher.store import Store
     from fetcher.store.collection import HeldContent, Plan
+    from fetcher.verification import Finding
+
+    References = dict[tuple[Digest, str], tuple[str, ...]]
+    """Of every tree, by model and selection."""
 
 
 class StoreCalls:
-    """Runs ``gc`` and ``rm``. Belongs to the trio thread."""
+    """Runs ``gc``, ``rm`` and ``verify``. Belongs to the trio thread."""
 
-    def __init__(self, store: Store, volumes: Volumes) -> None:
+    def __init__(self, store: Store, volumes: Volumes, pulls: Pulls, keychain: Keychain) -> None:
+        """``keychain`` is the node's own."""
         self._store = store
         self._volumes = volumes
+        self._pulls = pulls
+        self._keychain = keychain
 
     async def collect(self, params: protocol.GcParams, _: Watch) -> protocol.GcResult:
         """Evict by the watermarks, or all that is not in use; release orphans."""
@@ -87,11 +97,28 @@ class StoreCalls:
             )
 
     def _rows(self, planned: Plan) -> tuple[protocol.EvictedRow, ...]:
-        known = {
+        known = self._references()
+        return tuple(_row(victim, known) for victim in planned.victims)
+
+    def _references(self) -> References:
+        return {
             (model.digest, model.selection): model.references
             for model in self._store.catalog.models()
         }
-        return tuple(_row(victim, known) for victim in planned.victims)
+
+    async def verify(self, params: protocol.VerifyParams, watch: Watch) -> protocol.VerifyResult:
+        """Read the store again, or some models in it; drop and repair what is damaged."""
+        await self._store.rooms.settle()
+        models = {self._named(reference) for reference in params.references} or None
+        known = self._references()
+        verifier = Verifier(self._store, self._pulls, self._keychain)
+        watch.follow(verifier.progress)
+        findings = await verifier.verify(models, repair=not params.dry_run)
+        return protocol.VerifyResult(
+            dry_run=params.dry_run,
+            bytes=verifier.progress().done,
+            damaged=tuple(_damage(finding, known) for finding in findings),
+        )
 
     async def disk(self) -> protocol.DiskRow:
         """What the store takes and may take."""
@@ -111,9 +138,20 @@ class StoreCalls:
         )
 
 
-def _row(
-    victim: HeldTree | HeldContent, known: dict[tuple[Digest, str], tuple[str, ...]]
-) -> protocol.EvictedRow:
+def _damage(finding: Finding, known: References) -> protocol.DamageRow:
+    tree = tree_of(finding.name)
+    return protocol.DamageRow(
+        kind="content" if tree is None else "model",
+        digest=str((tree[0] if tree else content_of(finding.name)) or finding.name),
+        selection=tree[1] if tree else "",
+        references=known.get(tree, ()) if tree else (),
+        problem=finding.problem,
+        outcome=finding.outcome,
+        repaired=finding.repaired,
+    )
+
+
+def _row(victim: HeldTree | HeldContent, known: References) -> protocol.EvictedRow:
     if isinstance(victim, HeldTree):
         tree = tree_of(victim.name)
         return protocol.EvictedRow(

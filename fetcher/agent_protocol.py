@@ -94,6 +94,12 @@ class RemoveParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """References, or digests of models."""
 
 
+class VerifyParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    references: Annotated[tuple[Text, ...], Meta(max_length=1000)] = ()
+    """References, or digests of models; none: everything."""
+    dry_run: bool = False
+
+
 # ------------------------------------------------------------------------------------- results
 
 
@@ -252,6 +258,25 @@ class RemoveResult(Struct, frozen=True, kw_only=True):
     freed: int
 
 
+class DamageRow(Struct, frozen=True, kw_only=True):
+    kind: str
+    """``model``: a tree; ``content``: a layer."""
+    digest: str
+    selection: str = ""
+    references: tuple[str, ...] = ()
+    problem: str
+    outcome: str
+    repaired: bool
+    """Whether nothing wrong is left of it in the store."""
+
+
+class VerifyResult(Struct, frozen=True, kw_only=True):
+    dry_run: bool
+    bytes: int = 0
+    """How much was read again."""
+    damaged: tuple[DamageRow, ...] = ()
+
+
 class StatusResult(Struct, frozen=True, kw_only=True):
     root: str
     agent: AgentRow | None
@@ -288,10 +313,11 @@ INSPECT: Final = Call("inspect", InspectParams, InspectResult)
 STATUS: Final = Call("status", NoParams, StatusResult)
 GC: Final = Call("gc", GcParams, GcResult)
 REMOVE: Final = Call("rm", RemoveParams, RemoveResult)
+VERIFY: Final = Call("verify", VerifyParams, VerifyResult)
 HANDOVER: Final = Call("handover", NoParams, HandoverResult)
 """Asks a command that is the agent to leave the store to the caller; a serving agent refuses."""
 
-CALLS: Final = (PING, PULL, MOUNT, UNMOUNT, LIST, INSPECT, STATUS, GC, REMOVE, HANDOVER)
+CALLS: Final = (PING, PULL, MOUNT, UNMOUNT, LIST, INSPECT, STATUS, GC, REMOVE, VERIFY, HANDOVER)
 
 
 # ------------------------------------------------------------------------------------ messages

@@ -15,7 +15,7 @@ from csi.cli.models import inspect, list_models, pull, push
 from csi.cli.options import Invocation, global_options
 from csi.cli.running import Interrupted, innermost
 from csi.cli.serve import serve
-from csi.cli.store import gc, remove
+from csi.cli.store import gc, remove, verify
 from csi.cli.volumes import mount, status, unmount
 from fetcher.errors import ModelError
 
@@ -55,7 +55,19 @@ def model_csi(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for command in (serve, pull, mount, unmount, push, list_models, inspect, status, gc, remove):
+for command in (
+    serve,
+    pull,
+    mount,
+    unmount,
+    push,
+    list_models,
+    inspect,
+    status,
+    gc,
+    remove,
+    verify,
+):
     model_csi.add_command(command)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
 _GLOBAL: Final = frozenset({"root", "log_level"})
-_REGISTRIES: Final = ("plain_http", "https", "insecure_registries", "ca_file", "docker_config")
+REGISTRIES: Final = ("plain_http", "https", "insecure_registries", "ca_file", "docker_config")
 _PATHS: Final = frozenset({"root", "ca_file", "docker_config", "kubelet_dir"})
 _MAX_PASSWORD: Final = 64 * 1024
 
@@ -140,7 +140,7 @@ def registry_options(command: Decorated) -> Decorated:
     command = click.option(
         "--username", metavar="NAME", help="Log in to the reference's registry as NAME."
     )(command)
-    return setting_options(_REGISTRIES)(command)
+    return setting_options(REGISTRIES)(command)
 
 
 def _setting_option(setting: Setting) -> Callable[[Decorated], Decorated]:

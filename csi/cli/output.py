@@ -158,6 +158,26 @@ def removed(found: protocol.RemoveResult) -> None:
     facts([("freed", bytes_text(found.freed))])
 
 
+def verified(found: protocol.VerifyResult) -> None:
+    """Print what was damaged, and what became of it."""
+    if found.damaged:
+        table(
+            ("KIND", "DIGEST", "PROBLEM", "OUTCOME", "REFERENCES"),
+            [
+                (
+                    row.kind,
+                    short(row.digest) + (f".{row.selection[:8]}" if row.selection else ""),
+                    row.problem,
+                    row.outcome,
+                    " ".join(row.references),
+                )
+                for row in found.damaged
+            ],
+        )
+        print()
+    facts([("read again", bytes_text(found.bytes)), ("damaged", str(len(found.damaged)))])
+
+
 def _evicted(rows: Sequence[protocol.EvictedRow]) -> None:
     table(
         ("KIND", "DIGEST", "SIZE", "LAST USED", "REFERENCES"),

@@ -1,4 +1,4 @@
-"""``gc`` and ``rm``."""
+"""``gc``, ``rm`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import click
 
 from csi.cli import output
 from csi.cli.calling import client, has_store, work
-from csi.cli.options import Invocation, global_options, pass_invocation, setting_options
+from csi.cli.options import (
+    REGISTRIES,
+    Invocation,
+    global_options,
+    pass_invocation,
+    setting_options,
+)
 from fetcher import agent_protocol as protocol
 from fetcher.errors import NotFound
 
@@ -71,3 +77,36 @@ def remove(invocation: Invocation, references: tuple[str, ...]) -> None:
 
     result = work(invocation, "removing", task)
     output.result(result) if invocation.as_json else output.removed(result)
+
+
+@click.command(short_help="Read the store again and repair it.")
+@click.argument("references", metavar="[REF]...", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Print what is damaged, and leave it as it is.")
+@setting_options(REGISTRIES)
+@global_options
+@pass_invocation
+def verify(invocation: Invocation, references: tuple[str, ...], dry_run: bool) -> int:
+    """Hash all layers in the store again, or those of the models REF, by tag or by digest, and
+    compare what volumes show with them.
+
+    What is damaged is dropped and fetched again by the next pull. What a volume shows is fetched at
+    once, with the node's own credentials, and put right under its readers. Exit status 1 says that
+    something damaged is left.
+
+    \b
+    Examples:
+      model-csi verify --dry-run
+      model-csi verify ghcr.io/acme/qwen3-8b:v1
+    """
+
+    async def task(config: Config, show: Show) -> protocol.VerifyResult:
+        if not has_store(config) and references:
+            raise NotFound(f"there is no store at {config.root}", root=config.root)
+        if not has_store(config):
+            return protocol.VerifyResult(dry_run=dry_run)
+        params = protocol.VerifyParams(references=references, dry_run=dry_run)
+        return await client(invocation, config, show).call(protocol.VERIFY, params)
+
+    result = work(invocation, "verifying", task)
+    output.result(result) if invocation.as_json else output.verified(result)
+    return int(not all(row.repaired for row in result.damaged))

@@ -198,6 +198,31 @@ def test_parts_of_a_model(cli: ModelCsi, registry: RegistryServer) -> None:
     assert (refused.status, refused.error["code"]) == (1, "InvalidRequest")
 
 
+def test_a_store_is_verified_and_repaired_under_a_mount(
+    cli: ModelCsi, tmp_path: Path, registry: RegistryServer
+) -> None:
+    assert cli.run("verify", "--json").json["damaged"] == []
+    data = os.urandom(MIB)
+    reference = ModelBuilder().add_raw("model.bin", data).push(registry, "cli/verified", "v1")
+    mounted = cli.run("mount", reference, str(tmp_path / "mnt"), "--json")
+    assert mounted.status == 0, mounted.errors
+    assert cli.run("verify", reference).output.split() == [
+        *("read", "again", "1.0", "MiB"),
+        *("damaged", "0"),
+    ]
+    [tree] = (tmp_path / "root/models/sha256").iterdir()
+    with (tmp_path / "mnt/model.bin").open("rb") as reader:
+        with (tree / "model.bin").open("r+b") as file:
+            file.write(b"rotten")
+        told = cli.run("verify", "--dry-run", "--json")
+        assert told.status == 1
+        assert {row["kind"] for row in told.json["damaged"]} == {"content", "model"}
+        assert cli.run("verify").status == 0
+        assert reader.read() == data
+    assert cli.run("verify", "--json").json["damaged"] == []
+    assert cli.run("unmount", str(tmp_path / "mnt")).status == 0
+
+
 # -- how commands fail -----------------------------------------------------------------------------
 
 
@@ -214,7 +239,8 @@ def test_parts_of_a_model(cli: ModelCsi, registry: RegistryServer) -> None:
         (["unmount", "/"], 1, "InvalidRequest"),
         (["pull"], 2, "Usage"),
         (["pull", "a/b", "--no-such-flag"], 2, "Usage"),
-        (["gc"], 2, "Usage"),
+        (["collect"], 2, "Usage"),
+        (["verify", "REGISTRY/cli/nothing:v1"], 1, "NotFound"),
         (["pull", "a/b", "--username", "me"], 2, "Usage"),
         (["pull", "a/b", "--connections", "0"], 2, "Usage"),
         (["pull", "a/b", "--config", "/nothing/here.yaml"], 2, "Usage"),

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from csi.cli.program import Program
 
 SECRET = "s3cr3t-and-l0ng-enough"
-COMMANDS = ("serve", "pull", "mount", "unmount", "push", "ls", "inspect", "status", "gc", "rm")
+COMMANDS = (
+    *("serve", "pull", "mount", "unmount", "push", "ls", "inspect", "status"),
+    *("gc", "rm", "verify"),
+)
 
 
 @pytest.fixture
