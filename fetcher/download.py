@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from fetcher.answers import Piece, RangeIgnored, WrongAnswer
 from fetcher.errors import (
     AccessDenied,
     InvalidRequest,
@@ -27,7 +28,7 @@ from fetcher.errors import (
 from fetcher.ranges import Range
 from fetcher.sources import BlobSources
 from fetcher.threads import run_stoppable
-from fetcher.transport import Connection, Piece, RangeIgnored, TransferSettings, WrongAnswer
+from fetcher.transport import Connection, TransferSettings
 
 if TYPE_CHECKING:
     import threading

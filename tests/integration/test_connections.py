@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fetcher.answers import Piece
 from fetcher.credentials import Credentials
 from fetcher.errors import AccessDenied, ModelError, Unavailable
 from fetcher.oci import Digest
@@ -19,7 +20,7 @@ from fetcher.proxies import Proxies
 from fetcher.ranges import Range
 from fetcher.registry import BlobAccess, RegistrySettings
 from fetcher.routes import Hop, Route
-from fetcher.transport import Connection, Piece, TransferSettings
+from fetcher.transport import Connection, TransferSettings
 from fetcher.trust import Trust
 from tests.support.faulty_registry import Reply, serve_faulty
 from tests.support.forward_proxy import serve_forward_proxy
