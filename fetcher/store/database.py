@@ -7,6 +7,7 @@ is used from the trio thread only; every statement is short.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from typing import TYPE_CHECKING, Final
 
@@ -18,8 +19,39 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA_VERSION: Final = 2
-_CHECKPOINT_PAGES: Final = 256
-"""After which the log is written back: it counts to what the store may take."""
+_CHECKPOINT_PAGES: Final = 128
+"""After which the log is written back and begun anew: it counts to what the store may take."""
+
+
+_BALLAST_BYTES: Final = _CHECKPOINT_PAGES * 4096
+"""Enough for the log until it is begun anew, in the place that it has then."""
+_LITTLE: Final = 2 * _BALLAST_BYTES
+_ENOUGH: Final = 32 * _BALLAST_BYTES
+
+
+class _Ballast:
+    """Some bytes of the disk that are kept for the database.
+
+    Others fill disks. A volume can be taken down and a model evicted only if that can be recorded:
+    when there is next to nothing left, these bytes are given up, and taken again when there is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._there = path.exists()
+
+    def trim(self) -> None:
+        """Drop or take it, as the disk wants it. Never fails: it only helps."""
+        with contextlib.suppress(OSError):
+            state = os.statvfs(self._path.parent)
+            free = state.f_bavail * state.f_frsize
+            if self._there and free < _LITTLE:
+                self._path.unlink(missing_ok=True)
+                self._there = False
+            elif not self._there and free > _ENOUGH:
+                self._there = True
+                with self._path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, _BALLAST_BYTES)
 
 
 class Database:
@@ -28,6 +60,8 @@ class Database:
     def __init__(self, path: Path) -> None:
         """Open or create ``path``. Raises :class:`ModelError` when it cannot be used."""
         self._path = path
+        self._ballast = _Ballast(path.with_name(f"{path.name}-ballast"))
+        self._ballast.trim()
         try:
             self.connection = sqlite3.connect(path, isolation_level=None)
             self._prepare()
@@ -56,6 +90,7 @@ class Database:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the block or nothing; durable when it returns. Not to be nested, no ``await``."""
+        self._ballast.trim()
         try:
             self.connection.execute("BEGIN IMMEDIATE")
             try:

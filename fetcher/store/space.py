@@ -31,6 +31,7 @@ _RECORDS: Final = (
     "state.db",
     "state.db-wal",
     "state.db-shm",
+    "state.db-ballast",
     "lock",
     "blobs",
     "blobs/sha256",

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fetcher.modelpack import Layer
     from fetcher.store import ModelTree
 
+    Tell = Callable[[object], None]
+
 CHUNK = 64 * 1024
 MIB = 1024 * 1024
 EVERYTHING = Selection()
@@ -148,7 +150,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         image.unlink()
 
 
-def killed_at(step: int, work: Callable[[Callable[[object]], None]]) -> bool:
+def killed_at(step: int, work: Callable[[Tell], None]) -> bool:
     """Run ``work`` in a process of its own that is killed at its ``step``-th step.
 
     Steps are what it does to names on the disk, and what it tells ``work``'s argument. Returns
@@ -170,7 +172,7 @@ def killed_at(step: int, work: Callable[[Callable[[object]], None]]) -> bool:
     return True
 
 
-def _killing(step: int) -> Callable[[object], None]:
+def _killing(step: int) -> Tell:
     left = [step]
 
     def one(_: object) -> None:

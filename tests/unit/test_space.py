@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from fetcher.oci import Digest
 
-CAP = Limits(max_size=16 * MIB, min_free=0)
+CAP = Limits(max_size=17 * MIB, min_free=0)
 
 
 def in_store(
@@ -161,9 +161,9 @@ def test_what_does_not_fit_is_refused_with_the_figures(tmp_path: Path) -> None:
             ) as no:
                 await put_model(store, second, name="r/second:v1")
             assert int(no.value.context["needed"]) > 8 * MIB
-            assert int(no.value.context["limit"]) == 16 * MIB
-            assert 0 < int(no.value.context["free"]) < 6 * MIB
-            assert "16.0 MiB that max-size allows" in no.value.message
+            assert int(no.value.context["limit"]) == 17 * MIB
+            assert 0 < int(no.value.context["free"]) < 7 * MIB
+            assert "17.0 MiB that max-size allows" in no.value.message
             assert store.space.usage().contents == 1
         await put_model(store, second)
 
@@ -175,7 +175,7 @@ def test_what_can_never_fit_evicts_nothing(tmp_path: Path) -> None:
         await put_model(store, weights(6 * MIB))
         before = names_below(store.root)
         with pytest.raises(NoSpace, match="can never fit"):
-            await put_model(store, weights(17 * MIB))
+            await put_model(store, weights(18 * MIB))
         assert names_below(store.root) == before
 
     in_store(tmp_path / "root", work, CAP)
@@ -203,7 +203,7 @@ def test_room_is_made_by_least_recent_use(tmp_path: Path) -> None:
         assert [tree.path.exists() for tree in trees] == [True, False, True]
         assert store.garbage.trash() == frozenset()
         assert list((store.root / "trash").iterdir()) == []
-        assert disk_bytes(store.root) <= 16 * MIB
+        assert disk_bytes(store.root) <= 17 * MIB
         assert store.space.usage().used == disk_bytes(store.root)
 
     in_store(tmp_path / "root", work, CAP)
@@ -285,7 +285,7 @@ def test_rooms_grow_in_threads_up_to_the_cap_and_not_beyond(tmp_path: Path) -> N
                     nursery.start_soon(one, number)
             after = store.space.usage()
             assert sum(granted) <= after.reserved - reserved
-            assert after.used + after.reserved <= 16 * MIB
+            assert after.used + after.reserved <= 17 * MIB
             # all of the room was given, but for what the records keep to grow
             assert after.used + after.reserved > 14 * MIB
 
@@ -479,7 +479,7 @@ def test_a_tree_of_a_build_that_was_killed_is_built_again(tmp_path: Path) -> Non
 def test_an_error_is_for_the_user(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
         with pytest.raises(ModelError) as caught:
-            await put_model(store, weights(17 * MIB), name="r.example.org/acme/m:v1")
-        assert caught.value.message.startswith("r.example.org/acme/m:v1 can never fit: it takes 17")
+            await put_model(store, weights(18 * MIB), name="r.example.org/acme/m:v1")
+        assert caught.value.message.startswith("r.example.org/acme/m:v1 can never fit: it takes 18")
 
     in_store(tmp_path / "root", work, CAP)
