@@ -16,7 +16,7 @@ GO ?= $(CURDIR)/.venv/bin/go
 export GO
 
 PACKAGES := python3 python3-venv docker-registry skopeo apache2-utils fuse3 iproute2 util-linux openssl \
-	ca-certificates
+	ca-certificates curl
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
@@ -82,9 +82,26 @@ integration: .tools/csi-sanity  ## real registry, real mounts, real processes
 sanity: .tools/csi-sanity  ## csi-sanity against serve --mode all
 	@$(BIN)/python -m pytest -rP tests/integration/test_sanity.py
 
+# --- Measuring --------------------------------------------------------------------------------------------------
+
+# what the benchmarks compare with, as Debian has it or built from its pinned sources; no test needs it
+.tools/oras: tests/bench/oras/go.mod tests/bench/oras/go.sum | setup
+	@echo "building oras"
+	@mkdir -p .tools
+	@cd tests/bench/oras && CGO_ENABLED=0 $(GO) build -trimpath -o ../../../$@ oras.land/oras/cmd/oras
+	@touch $@
+
 .PHONY: bench-pull
-bench-pull: setup  ## a cold pull of 1 GiB against skopeo copy
+bench-pull: .tools/oras  ## a cold pull of 1 GiB against skopeo, oras and curl
 	@$(BIN)/python -m tests.bench.pull
+
+.PHONY: bench-pull-all
+bench-pull-all: .tools/oras  ## the same for models of many sizes and kinds: an hour
+	@$(BIN)/python -m tests.bench.pull --all
+
+.PHONY: bench-memory
+bench-memory: setup  ## memory of pulls, as models and their number grow: table and graph
+	@$(BIN)/python -m tests.bench.memory --graph docs/memory.svg
 
 # --- Generated files --------------------------------------------------------------------------------------------
 

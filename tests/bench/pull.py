@@ -1,168 +1,271 @@
-"""``make bench-pull``: a cold pull against ``skopeo copy`` to a directory, from one local registry.
+"""``make bench-pull`` and ``make bench-pull-all``: cold pulls against what else a user can type.
 
-Both are timed as whole commands, alternating, in one run; medians and the ratio are printed.
-Ours also synchronises the data to the disk and builds the tree that volumes bind.
+Every command is timed whole, its start included, in turn with the others; rows of a table in
+Markdown are printed. Ours also synchronises the data to the disk and builds the tree that volumes
+bind; ``skopeo`` and ``oras`` leave archives packed, ours and ``curl`` with ``tar`` do not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
-import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from tests.support.models import ModelBuilder
-from tests.support.registry import RegistryServer, serve_registry
+from fetcher.modelpack import Packing
+from tests.bench.contenders import ORAS, OURS, THEIRS
+from tests.bench.measure import MIB, UsedMemory, median, timed, undisturbed
+from tests.bench.models import Case, push
+from tests.support.registry import make_tls, serve_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-MIB = 1024 * 1024
+    from tests.bench.contenders import Contender
+    from tests.bench.measure import Run
+    from tests.bench.models import Pushed
+
+_QUICK: Final = (Case(1024, 4),)
+_ALL: Final = (
+    Case(64, 1),
+    Case(64, 4),
+    Case(256, 1),
+    Case(256, 4),
+    Case(256, 16),
+    Case(1024, 1),
+    Case(1024, 4),
+    Case(1024, 16),
+    Case(8192, 4),
+    Case(1024, 1, Packing.TAR),
+    Case(1024, 4, Packing.TAR),
+    Case(256, 4, tls=True),
+    Case(1024, 1, tls=True),
+    Case(1024, 4, tls=True),
+    Case(1024, 4, Packing.TAR, tls=True),
+)
 
 
 @dataclass(frozen=True)
-class Run:
-    """One finished command: seconds."""
+class Alone:
+    """How long the parts of a pull take with nothing beside them: seconds."""
 
-    wall: float
-    user: float
-    system: float
-    registry: float
-    """Processor time of the registry meanwhile."""
-    peak_mib: float
+    hash: float
+    """SHA-256 of the layers: each on one processor, on as many as there are."""
+    copy: float
+    """Writing as many bytes and synchronising them."""
+    network: float
+    """All layers from the registry to nowhere, by ``curl``."""
 
     @property
-    def busy(self) -> float:
-        """The part of the machine's processors that was used."""
-        used = self.user + self.system + self.registry
-        return used / (self.wall * (os.cpu_count() or 1))
+    def limit(self) -> str:
+        """The part that takes longest, which no pull can be faster than."""
+        parts = {"hash": self.hash, "copy": self.copy, "network": self.network}
+        return max(parts, key=lambda part: parts[part])
 
 
-def _processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+@dataclass(frozen=True)
+class Outcome:
+    """All runs of one case, by contender, in the order in which they ran."""
+
+    case: Case
+    runs: dict[str, list[Run]]
+    alone: Alone
 
 
-def _timed(command: Sequence[str], registry: RegistryServer) -> Run:
-    os.sync()
-    before = _processor_seconds(registry.pid)
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[0]} failed with status {process.returncode}")
-    after = _processor_seconds(registry.pid)
-    return Run(wall, usage.ru_utime, usage.ru_stime, after - before, usage.ru_maxrss / 1024)
+class Bench:
+    """Runs cases below one folder."""
+
+    def __init__(
+        self, folder: Path, theirs: Sequence[Contender], runs: int, memory: UsedMemory | None
+    ) -> None:
+        """``memory`` is filled before each run; without it the machine is taken as it is."""
+        self._folder = folder
+        self._contenders = (OURS, *theirs)
+        self._runs = runs
+        self._memory = memory
+
+    def measure(self, case: Case) -> Outcome:
+        """Run every contender several times, in turn."""
+        tls = make_tls(self._folder / "tls") if case.tls else None
+        with (
+            _emptied(self._folder / "registry") as storage,
+            serve_registry(storage, tls=tls) as registry,
+        ):
+            model = push(registry, case, self._folder)
+            found: dict[str, list[Run]] = {one.name: [] for one in self._contenders}
+            for _ in range(self._runs):
+                for one in self._contenders:
+                    attempt = functools.partial(self._run, one, model)
+                    found[one.name].append(undisturbed(attempt) if self._memory else attempt())
+            alone = self._alone(model)
+        return Outcome(case, found, alone)
+
+    def _run(self, contender: Contender, model: Pushed) -> Run:
+        with _emptied(self._folder / "pulled") as folder:
+            command = contender.command(model, folder)
+            self._fill()
+            return timed(command, model.registry.pid)
+
+    def _fill(self) -> None:
+        if self._memory:
+            self._memory.fill()
+
+    def _alone(self, model: Pushed) -> Alone:
+        self._fill()
+        return Alone(
+            _hash_seconds(model),
+            _copy_seconds(self._folder, model.case.size),
+            _network_seconds(model),
+        )
 
 
-def _ours(root: Path, reference: str) -> list[str]:
-    return [sys.executable, "-m", "csi", "--json", "--root", str(root), "pull", reference]
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """An empty folder that is gone from the disk after the block."""
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        # the disk would still be busy with the removal in the next run
+        os.sync()
 
 
-def _theirs(copy: Path, reference: str) -> list[str]:
-    command = ["skopeo", "copy", "--quiet", "--src-tls-verify=false"]
-    return [*command, f"docker://{reference}", f"dir:{copy}"]
-
-
-def _push_model(registry: RegistryServer, layers: int, layer_mib: int) -> None:
-    builder = ModelBuilder()
-    for number in range(layers):
-        name = f"model-{number + 1:05}-of-{layers:05}.safetensors"
-        builder.add_raw(name, os.urandom(layer_mib * MIB))
-    builder.push(registry, "bench/model", "v1")
-
-
-def _push_apart(registry: RegistryServer, layers: int, layer_mib: int) -> str:
-    """Push in a process of its own: this one's memory is counted for the commands it starts."""
-    process = multiprocessing.get_context("fork").Process(
-        target=_push_model, args=(registry, layers, layer_mib)
-    )
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit("the model could not be pushed")
-    return registry.reference("bench/model", "v1")
-
-
-def _hash_seconds(size: int) -> float:
+def _hash_seconds(model: Pushed) -> float:
+    """The longer of: the largest layer on one processor, all layers on all processors."""
     data = os.urandom(64 * MIB)
+    hashlib.sha256(data).digest()
     started = time.perf_counter()
     hashlib.sha256(data).digest()
-    return (time.perf_counter() - started) * size / len(data)
+    for_each = (time.perf_counter() - started) / len(data)
+    largest = max(layer.size for layer in model.layers)
+    return for_each * max(largest, model.case.size / (os.cpu_count() or 1))
 
 
-def _write_seconds(folder: Path, size: int) -> float:
-    """Writing and synchronising as many bytes, alone."""
-    data = os.urandom(8 * MIB)
+def _copy_seconds(folder: Path, size: int) -> float:
+    """Writing as many bytes and synchronising them."""
+    data = os.urandom(4 * MIB)
+    path = folder / "written"
     started = time.perf_counter()
-    with (folder / "written").open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file:
         for _ in range(size // len(data)):
             file.write(data)
         os.fsync(file.fileno())
     seconds = time.perf_counter() - started
-    (folder / "written").unlink()
+    path.unlink()
     return seconds
 
 
-def _row(name: str, runs: list[Run], size: int) -> str:
-    def median(key: str) -> float:
-        return statistics.median(float(getattr(run, key)) for run in runs)
+def _network_seconds(model: Pushed) -> float:
+    """All layers at once, from the registry to nowhere."""
+    command = ["curl", "--fail", "--silent", "--show-error", "--no-progress-meter", "--parallel"]
+    if model.registry.tls:
+        command += ["--cacert", str(model.registry.tls.ca)]
+    for layer in model.layers:
+        command += ["--output", "/dev/null", model.url(f"blobs/{layer.digest}")]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started
 
-    wall = median("wall")
-    return (
-        f"{name:<12} {wall:7.2f} s {size / wall / MIB:8.0f} MiB/s   user {median('user'):5.2f}  "
-        f"system {median('system'):5.2f}  registry {median('registry'):5.2f}  "
-        f"processors {median('busy'):4.0%}  peak {median('peak_mib'):4.0f} MiB  "
-        f"({min(run.wall for run in runs):.2f} to {max(run.wall for run in runs):.2f})"
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _ratios(ours: list[Run], theirs: list[Run]) -> list[float]:
+    return [their.wall / our.wall for our, their in zip(ours, theirs, strict=True)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _heads(cells: Sequence[str]) -> str:
+    return f"{_row(cells)}\n|{' --- |' * len(cells)}"
+
+
+def comparison(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Seconds of every contender, and how many times as long the others take, run by run."""
+    theirs = [name for name in outcomes[0].runs if name != OURS.name]
+    yield _heads(["model", OURS.name, *theirs, *(f"{name} / ours" for name in theirs)])
+    for outcome in outcomes:
+        ours = outcome.runs[OURS.name]
+        seconds = [f"{median(runs, lambda run: run.wall):.2f}" for runs in outcome.runs.values()]
+        ratios = [_spread(_ratios(ours, outcome.runs[name])) for name in theirs]
+        yield _row([outcome.case.name, *seconds, *ratios])
+
+
+def costs(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Where the time of ours goes, and what limits it."""
+    yield _heads(
+        [
+            *("model", "MiB/s", "user", "system", "registry", "processors busy", "peak memory"),
+            *("hash alone", "copy alone", "network alone", "limit"),
+        ]
     )
+    for outcome in outcomes:
+        ours, alone = outcome.runs[OURS.name], outcome.alone
+        cells = [
+            f"{outcome.case.mib / median(ours, lambda run: run.wall):.0f}",
+            f"{median(ours, lambda run: run.user):.2f}",
+            f"{median(ours, lambda run: run.system):.2f}",
+            f"{median(ours, lambda run: run.server):.2f}",
+            f"{median(ours, lambda run: run.busy):.0%}",
+            f"{median(ours, lambda run: run.peak_mib):.0f} MiB",
+        ]
+        parts = [f"{part:.2f}" for part in (alone.hash, alone.copy, alone.network)]
+        yield _row([outcome.case.name, *cells, *parts, alone.limit])
+
+
+def _case(text: str) -> Case:
+    """``1024x4``, ``1024x4-tar``, ``1024x4-tls``, ``1024x4-tar-tls``: MiB by layers."""
+    size, *options = text.split("-")
+    mib, layers = size.split("x")
+    packing = Packing.TAR if "tar" in options else Packing.RAW
+    return Case(int(mib), int(layers), packing, "tls" in options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--layer-mib", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--all", action="store_true", help="models of many kinds")
+    parser.add_argument("--case", type=_case, action="append", help=_case.__doc__)
+    parser.add_argument("--against", default=",".join(one.name for one in THEIRS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument(
+        "--as-it-is",
+        action="store_true",
+        help="neither wait until the machine is quiet nor fill its memory",
+    )
     arguments = parser.parse_args()
-    size = arguments.layers * arguments.layer_mib * MIB
-    with tempfile.TemporaryDirectory(prefix="bench-pull-") as name:
-        folder = Path(name)
-        with serve_registry(folder / "registry") as registry:
-            reference = _push_apart(registry, arguments.layers, arguments.layer_mib)
-            our_runs, their_runs = [], []
-            # every run has a folder of its own, all removed at the end: the disk would still be
-            # busy with the removal of one run's files in the next
-            for number in range(arguments.runs):
-                root, copy = folder / f"root-{number}", folder / f"copy-{number}"
-                our_runs.append(_timed(_ours(root, reference), registry))
-                their_runs.append(_timed(_theirs(copy, reference), registry))
-        print(
-            f"\n{arguments.layers} raw layers of {arguments.layer_mib} MiB, cold, whole commands,"
-        )
-        print(f"medians of {arguments.runs} alternating runs on {os.cpu_count()} processors:\n")
-        print(_row("model-csi", our_runs, size))
-        print(_row("skopeo copy", their_runs, size))
-        ratios = [
-            theirs_run.wall / ours_run.wall
-            for ours_run, theirs_run in zip(our_runs, their_runs, strict=True)
-        ]
-        print(
-            f"\nskopeo / model-csi: {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
-        )
-        print(
-            f"alone: hashing {_hash_seconds(size):.2f} s on one processor, writing with fsync "
-            f"{_write_seconds(folder, size):.2f} s"
-        )
+    cases = arguments.case or (_ALL if arguments.all else _QUICK)
+    theirs = [one for one in THEIRS if one.name in arguments.against.split(",")]
+    if any(one.name == "oras" for one in theirs) and not ORAS.exists():
+        parser.error(f"{ORAS} is not built: run 'make {ORAS}', or leave oras out of --against")
+    outcomes = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-pull-")))
+        memory = None if arguments.as_it_is else stack.enter_context(UsedMemory(folder))
+        bench = Bench(folder, theirs, arguments.runs, memory)
+        for case in cases:
+            outcomes.append(bench.measure(case))
+            print("\n".join([*comparison(outcomes[-1:]), *costs(outcomes[-1:])]), flush=True)
+    print(
+        f"\nSeconds, medians of {arguments.runs} alternating runs, {os.cpu_count()} processors:\n"
+    )
+    print("\n".join(comparison(outcomes)), end="\n\n")
+    print("\n".join(costs(outcomes)))
 
 
 if __name__ == "__main__":
