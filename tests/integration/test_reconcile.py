@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from csi.mount_table import mount_at
-from csi.mounts import bind_read_only
+from csi.mounts import bind_read_only, binds_in_one_step
 from csi.pins import MountedTree
 from csi.state import VolumeState
 from fetcher.errors import InProgress, Unavailable
@@ -18,6 +18,7 @@ from fetcher.oci import Digest
 from tests.support.kills import Killing, killing
 from tests.support.mounts import mount_bind, mounts_below, remount_writable, umount
 from tests.support.node import MODEL, Node, assert_consistent, running_node
+from tests.support.old_kernel import lose_the_mount_api
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,7 +209,9 @@ def _reconcile(folder: Path) -> None:
     trio.run(Node(folder).volumes.reconcile)
 
 
-def _events(kills: Killing, work: Callable[[Path], None], node: Node) -> Iterator[int]:
+def _events(
+    kills: Killing, work: Callable[[Path], None], node: Node, step: int = 1
+) -> Iterator[int]:
     """Kill ``work`` at one event after the other, until it ends before that."""
     at, more = 0, True
     while more:
@@ -216,7 +219,7 @@ def _events(kills: Killing, work: Callable[[Path], None], node: Node) -> Iterato
         more = kills.run(work, node.folder, at)
         node.start()
         yield at
-        at += 1
+        at += step
 
 
 def test_a_publish_that_is_killed_anywhere_can_go_on(kills: Killing, node: Node) -> None:
@@ -252,6 +255,36 @@ def test_an_unpublish_that_is_killed_anywhere_can_go_on(kills: Killing, node: No
         assert record is None or record.state is VolumeState.PUBLISHED
         trio.run(node.publish)
         assert len(mounts_below(node.pods)) == 1
+
+
+def _publish_the_old_way(folder: Path) -> None:
+    lose_the_mount_api()
+    assert not binds_in_one_step()
+    _publish(folder)
+
+
+def _reconcile_the_old_way(folder: Path) -> None:
+    lose_the_mount_api()
+    _reconcile(folder)
+
+
+def test_a_bind_of_an_old_kernel_is_made_again(kills: Killing, node: Node) -> None:
+    """There, a mount that is read-only here may be writable where it propagated to."""
+    undone = 0
+    for _ in _events(kills, _publish_the_old_way, node, step=2):
+        record, mounted = node.record(), mount_at(node.target()) is not None
+        half_done = record is not None and record.state is VolumeState.PUBLISHING
+        node.database.close()
+        assert not kills.run(_reconcile_the_old_way, node.folder, 1_000_000)
+        if half_done:
+            assert mounts_below(node.pods) == []
+            undone += mounted
+        assert not kills.run(_publish_the_old_way, node.folder, 1_000_000)
+        node.start()
+        assert_consistent(node)
+        trio.run(node.unpublish)
+        node.assert_nothing_left()
+    assert undone
 
 
 @pytest.mark.parametrize("state", [VolumeState.PUBLISHING, VolumeState.UNPUBLISHING])
