@@ -149,7 +149,12 @@ def _trust_by_name(host: str, settings: RegistrySettings) -> Trust:
 
 def _look(settings: RegistrySettings, root: Path, registry: str, known: _Folder | None) -> _Folder:
     """In a worker thread: what there is now, which is ``known`` unless something changed."""
-    folder = next((one for one in _candidates(root, registry) if one.is_dir()), None)
+    try:
+        folder = next((one for one in _candidates(root, registry) if one.is_dir()), None)
+    except OSError as error:
+        if known is None or known.version != (error.errno,):
+            logger.error("%s cannot be read: %s; asking %s itself", root, error.strerror, registry)
+        return _Folder((error.errno,), HostSet(itself(registry, settings)))
     if folder is None:
         return _Folder((), HostSet(itself(registry, settings)))
     version = (folder, _state(folder), _state(folder / "hosts.toml"))
@@ -186,11 +191,12 @@ def _read(folder: Path, registry: str, settings: RegistrySettings) -> HostSet:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         logger.error("%s cannot be used: %s; asking %s itself", file, reason, registry)
-    return HostSet(_with_certificates(folder, itself(registry, settings)))
+    return HostSet(_with_certificates(folder, registry, settings))
 
 
-def _with_certificates(folder: Path, default: Host) -> Host:
+def _with_certificates(folder: Path, registry: str, settings: RegistrySettings) -> Host:
     """The server with docker's files: authorities ``*.crt``, a pair ``*.cert`` and ``*.key``."""
+    default = itself(registry, settings)
     try:
         names = sorted(one.name for one in folder.iterdir() if one.is_file())
     except OSError as error:
@@ -205,8 +211,13 @@ def _with_certificates(folder: Path, default: Host) -> Host:
         key = ours.with_suffix(".key")
         client = str(ours), str(key if key.name in names else ours)
     trust = replace(default.trust, ca_files=(*default.trust.ca_files, *authorities), client=client)
-    # who keeps certificates for a registry means it to speak TLS
-    return replace(default, scheme="https", trust=trust)
+    return _over_tls(replace(default, trust=trust), settings)
+
+
+def _over_tls(host: Host, settings: RegistrySettings) -> Host:
+    """A registry that somebody says something of TLS for, which on this machine is no default."""
+    plain = is_named(host.netloc, settings.plain_http)
+    return host if plain else replace(host, scheme="https")
 
 
 def parse_hosts(content: bytes, folder: Path, registry: str, settings: RegistrySettings) -> HostSet:
@@ -228,6 +239,8 @@ def parse_hosts(content: bytes, folder: Path, registry: str, settings: RegistryS
         raise ValueError("'server' has to be an address")
     server = _address(named, registry, settings) if named else itself(registry, settings)
     server = _configured(server, document, folder)
+    if not named and document.keys() & {"ca", "client", "skip_verify"}:
+        server = _over_tls(server, settings)
     own = next((one for one in mirrors if one.is_own), None)
     if own is not None and server.is_own:
         # what is said of the registry as one of its hosts is how it is to be asked
@@ -245,10 +258,8 @@ def _address(url: str, registry: str, settings: RegistrySettings) -> Host:
     parts = urlsplit(url if "://" in url else f"https://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(f"{url[:200]!r} is not the address of a host")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"the address of {parts.hostname} has more in it than a host and a path")
     # the page that "docker.io" is in a browser is no registry, and yet often named as one
-    netloc = endpoint_host(parts.netloc.lower())
+    netloc = endpoint_host(parts.netloc.rpartition("@")[2].lower())
     path = posixpath.normpath(parts.path).rstrip("/") if parts.path else ""
     return Host(registry, parts.scheme, netloc, path, _trust_by_name(netloc, settings))
 

@@ -8,17 +8,23 @@ import logging
 import socket
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from fetcher.credentials import Credentials, DockerConfig, VolumeSecrets
 from fetcher.errors import DigestMismatch, ModelError, NotFound, Unauthenticated, Unavailable
-from fetcher.registry import RegistrySettings
+from fetcher.oci import Reference
+from fetcher.registry import Registry, RegistrySettings
+from tests.support.commands import ModelCsi
 from tests.support.faulty_registry import FaultyRegistry, Reply, serve_faulty
+from tests.support.forward_proxy import serve_forward_proxy
 from tests.support.models import ModelBuilder
 from tests.support.proxy import BlobAnswer, Faults, Proxy, serve_proxy
 from tests.support.registry import serve_registry
+from tests.support.registry_calls import NOBODY
 from tests.support.sources import (
     CHUNK,
     PIECE,
@@ -29,11 +35,11 @@ from tests.support.sources import (
     weights,
     write_hosts,
 )
+from tests.support.steps import cancelled_at
 from tests.support.token_server import PASSWORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.support.proxy import Rewrite
     from tests.support.registry import RegistryServer
@@ -414,6 +420,61 @@ def test_tokens_that_expire_and_passwords_that_change_in_mid_pull(
     assert used == {Credentials("robot", word).basic for word in ("before", "after")}
 
 
+# As the driver and its commands are run
+
+
+def test_a_command_reads_the_folder_and_the_proxies_that_it_is_told_of(
+    tmp_path: Path, registry: RegistryServer, mirror: Proxy
+) -> None:
+    builder, files = weights(2 * PIECE)
+    builder.push(registry, "command/model", "v1")
+    home = f"registry.example:{registry.address.rpartition(':')[2]}"
+    write_hosts(tmp_path / "certs.d", home, mirrors_toml(mirror.address))
+    with serve_forward_proxy() as forward:
+        cli = ModelCsi(
+            tmp_path / "root",
+            tmp_path,
+            {
+                "MODEL_CSI_HOSTS_DIR": str(tmp_path / "certs.d"),
+                "MODEL_CSI_PLAIN_HTTP": "registry.example",
+                "http_proxy": f"http://{forward.address}",
+            },
+        )
+        done = cli.run("pull", f"{home}/command/model:v1", "--json")
+    assert done.status == 0, done.errors
+    tree = Path(done.json["path"])
+    assert {one.name: one.read_bytes() for one in tree.iterdir()} == files
+    assert mirror.counts.total == 2 * PIECE
+    assert all("/manifests/" in goal for _, goal in forward.asked)
+    assert {method for method, _ in forward.asked} == {"HEAD", "GET"}
+
+
+def test_cancelling_at_any_checkpoint_leaves_hosts_that_can_be_asked(
+    tmp_path: Path, registry: RegistryServer, mirror: Proxy
+) -> None:
+    builder, _ = weights(CHUNK)
+    builder.push(registry, "cancelled/model", "v1")
+    text = mirrors_toml(mirror.address, capabilities='"pull", "resolve"')
+    with serve_faulty() as home:
+        home.add("/v2/", drop=True)
+        both = replace(settings(tmp_path, home.address, text), attempts=1)
+        reference = Reference.parse(f"{home.address}/cancelled/model:v1")
+
+        async def main(step: int) -> bool:
+            client = Registry(both)
+            try:
+                came = await cancelled_at(step, lambda: client.resolve_model(reference, NOBODY))
+                assert await client.head_manifest(reference, NOBODY) == builder.digest
+            finally:
+                await client.aclose()
+            return came
+
+        step = 0
+        while trio.run(main, step):
+            step += 3
+        assert step > 20
+
+
 # What registries do
 
 
@@ -543,6 +604,27 @@ def test_a_whole_answer_without_a_length(
 
     in_node(tmp_path / "root", SETTINGS, work)
     assert len(home.counts.ranges) == 1
+
+
+def test_a_part_that_nobody_asked_for_is_not_asked_for_for_ever(
+    tmp_path: Path, registry: RegistryServer, home: Proxy
+) -> None:
+    """A registry that answers ranges with the whole, and the whole with a part."""
+    builder, _ = weights(4 * PIECE)
+    builder.push(registry, "strange/parts", "v1")
+
+    def part(answer: BlobAnswer) -> BlobAnswer:
+        few = BlobAnswer(206, answer.headers, answer.body[:CHUNK])
+        said = f"bytes 0-{CHUNK - 1}/{4 * PIECE}"
+        return _with(few, Content_Range=said, Content_Length=str(CHUNK))
+
+    home.faults = Faults(ignore_range=True, rewrites=[_shorter_than_said, *[part] * 99])
+
+    async def work(node: Node) -> None:
+        with pytest.raises(Unavailable, match="answered with bytes 0 to"):
+            await node.pull(f"{home.address}/strange/parts:v1")
+
+    in_node(tmp_path / "root", SETTINGS, work)
 
 
 def test_a_small_file_has_no_ranges_to_ask_for(

@@ -226,7 +226,6 @@ def test_settings_by_name_hold_for_whom_they_name() -> None:
         ('[host."https://m".header]\nx = "ä"', "cannot be sent"),
         ('[host."https://m".header]\n"x y" = "a"', "name of a header"),
         ('[host."ftp://m"]', "not the address"),
-        ('[host."https://user:word@m"]', "more in it"),
         ('[host."https://m:0"]', "not the address"),
         ("[host", "table declaration"),
         ("server = 'a'\nserver = 'b'", "overwrite"),
@@ -280,6 +279,44 @@ def test_without_a_folder_there_is_the_registry(tmp_path: Path) -> None:
     for root in (None, tmp_path, tmp_path / "none"):
         found = trio.run(Hosts(RegistrySettings(hosts_dir=root)).lookup, "ghcr.io")
         assert found == HostSet(Host("ghcr.io", "https", "ghcr.io"))
+
+
+def test_an_address_is_a_host_and_a_path() -> None:
+    (found,) = parsed('[host."https://user:word@M.lan/a/./b/?c=d#e"]').mirrors
+    assert found.base == "https://m.lan/a/b/v2"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "scheme"),
+    [
+        ("", {}, "http"),
+        ("skip_verify = true", {}, "https"),
+        ('ca = "ca.crt"', {}, "https"),
+        ('ca = "ca.crt"', {"plain_http": ("127.0.0.1",)}, "http"),
+        ('server = "http://127.0.0.1:5000"\nca = "ca.crt"', {}, "http"),
+    ],
+)
+def test_certificates_for_a_registry_on_this_machine_mean_tls(
+    text: str, settings: dict[str, tuple[str, ...]], scheme: str
+) -> None:
+    assert parsed(text, "127.0.0.1:5000", **settings).server.scheme == scheme
+
+
+def test_a_root_that_may_not_be_read_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "x" * 300  # no file system has such a name: neither there nor absent
+
+    async def main() -> None:
+        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path))
+        for _ in range(3):
+            found = await hosts.lookup(name)
+            assert found.server.netloc == name
+
+    with caplog.at_level(logging.ERROR):
+        trio.run(main)
+    (record,) = caplog.records
+    assert str(tmp_path) in record.getMessage()
 
 
 def test_certificates_in_dockers_form(tmp_path: Path) -> None:
