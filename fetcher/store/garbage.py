@@ -87,8 +87,10 @@ class Garbage:
 
     def plan(self, wanted: float) -> Plan:
         """What to evict for ``wanted`` bytes, or all that may go if that is less."""
-        trees, contents = self._trees(), self._contents()
-        return plan(trees, contents, self._kept(trees), wanted)
+        if wanted <= 0:
+            return Plan()
+        trees = self._trees()
+        return plan(trees, self._contents(), self._kept(trees), wanted)
 
     def by_watermarks(self) -> Plan:
         """What to evict as the watermarks and the floor of free space want it."""

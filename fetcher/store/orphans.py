@@ -89,7 +89,8 @@ class Orphans:
         if trash:
             await run_stoppable(lambda stop: self._garbage.remove_trash(trash, stop))
         await self._garbage.empty_trash()
-        await self._rooms.settle(one.name for one in found if one.name not in trash)
+        gone = await self._gone()
+        await self._rooms.settle([*gone, *(one.name for one in found if one.name not in trash)])
 
     def _settle(self, orphan: Orphan, measured: _Measured) -> None:
         word = "adopted" if orphan.adopted else "released"
@@ -102,6 +103,13 @@ class Orphans:
             self._space.holdings.use(orphan.name, contents)
             self._catalog.add_model(*tree, measured.size, measured.files)
         self._space.holdings.settle({orphan.name: measured.bytes})
+
+    async def _gone(self) -> list[str]:
+        """Names in the records of which nothing is there, as somebody removed it by hand."""
+        listed = await run_stoppable(lambda _: _listed(self._space.root))
+        holdings = self._space.holdings
+        names = [holding.name for kind in (BLOBS, MODELS) for holding in holdings.below(kind)]
+        return [name for name in names if name not in listed]
 
     async def _find(self) -> dict[Orphan, _Measured]:
         root = self._space.root

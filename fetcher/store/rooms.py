@@ -156,9 +156,10 @@ class Rooms:
             raise never.error(f"{what} can never fit", "")
         await self.settle(needs)
         claims = {name: need.bytes for name, need in needs.items()}
+        fresh = [name for name in needs if not self._space.is_claimed(name)]
         self._make_room(what, claims)
-        for name, need in needs.items():
-            self._spare.setdefault(name, need.spare)
+        # what others claimed for the same content has been given to their threads, or will be
+        self._spare.update((name, needs[name].spare) for name in fresh)
         await self._garbage.empty_trash()
 
     def _make_room(self, what: str, claims: Mapping[str, int]) -> None:
@@ -202,7 +203,8 @@ class Rooms:
 
     def room(self, name: str) -> Room:
         """A room for a content or a tree that is held. From any thread."""
-        return Room(self, name, self._token)
+        token = trio.lowlevel.current_trio_token() if trio.lowlevel.in_trio_run() else self._token
+        return Room(self, name, token)
 
     def grant(self, name: str, count: int, *, evicting: bool) -> int | None:
         """So many bytes more for ``name``, or some more than that; None if they are not there.

@@ -259,6 +259,10 @@ class Space:
         self.holdings.promise(claims)
         self._claimed.update(name for name in claims if name in self._holders)
 
+    def is_claimed(self, name: str) -> bool:
+        """Whether somebody who works on it has claimed what it may take."""
+        return name in self._claimed
+
     def excess(self) -> int:
         """Bytes to evict by the watermarks and the floor; not positive while there is enough."""
         limits, disk = self.limits, Disk.of(self.root)

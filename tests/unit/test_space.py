@@ -476,6 +476,46 @@ def test_a_tree_of_a_build_that_was_killed_is_built_again(tmp_path: Path) -> Non
     in_store(tmp_path / "root", work)
 
 
+def test_what_somebody_removed_by_hand_is_forgotten(tmp_path: Path) -> None:
+    builder = weights(2 * MIB)
+
+    async def work(store: Store) -> None:
+        tree = await put_model(store, builder)
+        (tree.path / "model-0.safetensors").unlink()
+        tree.path.rmdir()
+        store.blob_path(read_model(builder.manifest()).layers[0].descriptor.digest).unlink()
+        await store.orphans.reconcile()
+        assert store.space.usage().used == disk_bytes(store.root)
+        assert store.tree(builder.digest, EVERYTHING) is None
+        assert (await put_model(store, builder)).path.is_dir()
+
+    in_store(tmp_path / "root", work)
+
+
+def test_two_pulls_of_one_packed_layer_have_its_spare_room_once(tmp_path: Path) -> None:
+    data = Member("a", b"x" * (2 * MIB))
+    model = read_model(
+        ModelBuilder().add_tar([data], Packing.TAR_ZSTD).add_raw("b", b"b").manifest()
+    )
+    other = Selection(exclude_patterns=("b",))
+    [packed, _] = model.layers
+    size = packed.descriptor.size
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            room = store.room(packed.descriptor.digest)
+            await run_stoppable(lambda _: room.grow(size))
+            before = store.space.usage().reserved
+            with store.held(model, other):
+                await store.reserve("r/m:v1", model, other)
+                tree = store.space.usage().reserved - before
+                await run_stoppable(lambda _: room.grow(2 * MIB))
+                assert store.space.usage().reserved >= before + tree + 2 * MIB - 8192
+
+    in_store(tmp_path / "root", work)
+
+
 def test_an_error_is_for_the_user(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
         with pytest.raises(ModelError) as caught:
