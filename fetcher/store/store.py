@@ -43,6 +43,12 @@ NO_CAP: Final = Limits()
 """As much as the disk has, but for a floor."""
 
 
+_TAR_CHUNKS: Final = 128
+"""Of a tar layer, at least: one of them lies on the disk twice for the moment of being moved."""
+
+_LEAST_CHUNK: Final = 64 * 1024
+
+
 class Store:
     """Blobs, unpacked layers, trees and their records below one root.
 
@@ -141,7 +147,10 @@ class Store:
         is_tar = layer.packing is Packing.TAR
         grow = self.room(blob.digest).grow
         place: Place = TarFiles(path, grow) if is_tar else WholeFile(path)
-        return PartialBlob(place, chunks, blob.digest, blob.size, self._chunk_size)
+        chunk_size = self._chunk_size
+        if is_tar:
+            chunk_size = max(min(chunk_size, blob.size // _TAR_CHUNKS), _LEAST_CHUNK)
+        return PartialBlob(place, chunks, blob.digest, blob.size, chunk_size)
 
     def missing_bytes(self, blob: Descriptor) -> int:
         """Bytes of the blob that take new space on the disk when it is fetched."""

@@ -96,10 +96,11 @@ def in_node(
     root: Path,
     work: Callable[[Pulls, Store], Awaitable[None]],
     settings: PullSettings = DEFAULT,
+    chunk_size: int = CHUNK,
 ) -> None:
     async def main() -> None:
         with trio.fail_after(60):
-            async with pulling(root, settings) as (pulls, store):
+            async with pulling(root, settings, chunk_size) as (pulls, store):
                 await work(pulls, store)
 
     trio.run(main)
