@@ -72,6 +72,7 @@ class BlobExchange:
     def __init__(
         self, access: BlobAccess, hop: Hop, piece: Piece, sink: Sink, stop: threading.Event
     ) -> None:
+        self._who = access.route.who
         self._host = hop.host
         self._redirected = hop is not access.hop
         self._steered = access.route.steered(hop)
@@ -235,9 +236,7 @@ class BlobExchange:
             return
         if self._redirected and status in _ADDRESS_REFUSED:
             raise AddressRefused(
-                self._text(
-                    f"redirected here, where the address is refused with the status {status}"
-                ),
+                self._text(f"refuses the address with the status {status}"),
                 registry=self._host,
             )
         if status == 401:
@@ -252,7 +251,8 @@ class BlobExchange:
         raise self._unavailable(f"answered with the status {status}")
 
     def _text(self, what: str) -> str:
-        return f"fetching blob {self._piece.digest} from {self._host}: the registry {what}"
+        led = f", to which {self._who} redirects," if self._redirected else ""
+        return f"fetching blob {self._piece.digest}: {self._host}{led} {what}"
 
     def _wrong(self, what: str) -> ModelError:
         return WrongAnswer(self._text(what), registry=self._host, digest=self._piece.digest)

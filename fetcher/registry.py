@@ -45,8 +45,9 @@ _MAX_INDEXES: Final = 2
 _ACCEPT_MANIFESTS: Final = (("Accept", ", ".join(MANIFEST_TYPES)),)
 _MIRROR_CONNECT_SECONDS: Final = 2.0
 _MIRROR_STALL_SECONDS: Final = 5.0
-_HURRIED: Final = Patience(connect_timeout=3.0, stall_timeout=5.0, attempts=2, retry_seconds=10.0)
-"""For a registry in whose place somebody else can answer, and for who does."""
+_MOST_HURRIED: Final = Patience(
+    connect_timeout=3.0, stall_timeout=5.0, attempts=2, retry_seconds=10.0
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,12 @@ class Registry:
         self._settings = settings
         self._conversations = Conversations(settings)
         self._hosts = Hosts(settings)
+        self._hurried = replace(
+            _MOST_HURRIED,
+            connect_timeout=min(_MOST_HURRIED.connect_timeout, settings.connect_timeout),
+            stall_timeout=min(_MOST_HURRIED.stall_timeout, settings.stall_timeout),
+        )
+        """For a registry in whose place somebody else can answer, and for who does."""
         self._platform = this_platform()
 
     async def aclose(self) -> None:
@@ -185,7 +192,7 @@ class Registry:
         wish = _blob_wish(reference, digest, "HEAD")
         if hosts.mirrors:
             # somebody else may have it meanwhile
-            wish = replace(wish, patience=_HURRIED)
+            wish = replace(wish, patience=self._hurried)
         known, authorization = await self._conversations.known_authorization(
             host, wish, credentials
         )
@@ -236,7 +243,7 @@ class Registry:
         failures: list[ModelError] = []
         for host in ordered:
             try:
-                found = await ask(host, _HURRIED)
+                found = await ask(host, self._hurried)
             except ModelError as error:
                 if host is server and not isinstance(error, Unavailable):
                     raise

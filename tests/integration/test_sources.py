@@ -297,6 +297,21 @@ def test_a_mirror_that_may_resolve_speaks_for_a_registry_that_is_away(
         in_node(tmp_path / "root", settings(tmp_path, home.address, text), work)
 
 
+def test_a_registry_that_is_silent_is_not_waited_for_long(
+    tmp_path: Path, registry: RegistryServer, mirror: Proxy
+) -> None:
+    builder, files = weights(PIECE)
+    builder.push(registry, "resolved/silent", "v1")
+    text = mirrors_toml(mirror.address, capabilities='"pull", "resolve"')
+    with listening() as home:
+        hurried = replace(settings(tmp_path, home, text), stall_timeout=0.5, retry_seconds=600)
+
+        async def work(node: Node) -> None:
+            assert shown(await node.pull(f"{home}/resolved/silent:v1")) == files
+
+        in_node(tmp_path / "root", replace(hurried, attempts=1000), work)
+
+
 def test_a_mirror_that_may_only_pull_decides_nothing(
     tmp_path: Path, registry: RegistryServer, mirror: Proxy
 ) -> None:
