@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     """Model and selection of every tree that somebody outside of the store needs."""
 
 logger = logging.getLogger(__name__)
+
+_SHOWN: Final = 10
+"""Trees that a log line names."""
 
 
 class Garbage:
@@ -139,7 +142,15 @@ class Garbage:
             self._forget(tokens)
         for name, token in tokens.items():
             self._move(name, token, suffixes(name))
-        logger.info("evicted %d contents and trees, %d bytes", len(names), planned.bytes)
+        trees = [name for name in names if name.startswith(f"{MODELS}/")]
+        shown = ", ".join(trees[:_SHOWN]) + (", …" if len(trees) > _SHOWN else "")
+        logger.info(
+            "evicted %d bytes: %d trees, %d contents%s",
+            planned.bytes,
+            len(trees),
+            len(names) - len(trees),
+            f" ({shown})" if shown else "",
+        )
 
     def _forget(self, tokens: dict[str, str]) -> None:
         staying = {digest for digest, _ in self.pinned()}

@@ -61,7 +61,7 @@ def need_of(layer: Layer, chunk_size: int) -> Need:
             return Need(size_on_disk)
         case Packing.TAR:
             # a chunk lies in the frame and in its file while it is moved; folder and index
-            return Need(size_on_disk + chunk_size + 4 * _BLOCK)
+            return Need(size_on_disk + min(chunk_size, rounded(size)) + 4 * _BLOCK)
         case _:
             # it unpacks to its own size at least, but for text
             return Need(size_on_disk + rounded(size), spare=rounded(size))
@@ -224,7 +224,8 @@ class Rooms:
         self._spare[name] = spare
         if not evicting:
             return None
-        self._make_room(f"what {name} grows to", {name: recorded + count - spare})
+        what = f"{name}, which takes more than was known before,"
+        self._make_room(what, {name: recorded + count - spare})
         del self._spare[name]
         return count
 
