@@ -23,7 +23,7 @@ from fetcher.network_errors import explain_failure, retry_after
 from fetcher.oci import DOCKER_HUB
 from fetcher.proxies import Proxies
 from fetcher.routes import MAX_REDIRECTS, REDIRECTS, Hop, Route
-from fetcher.trust import Trust, trusting
+from fetcher.trust import Trust, check_authorities, trusting, unverified
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -153,7 +153,7 @@ class Exchange:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.settings = settings
         # a file that cannot be used is an error of the configuration, and not of the first pod
-        self._proxy_trust = trusting(settings.ca_file)
+        check_authorities(settings.ca_file)
         self._patience = Patience(
             settings.connect_timeout,
             settings.stall_timeout,
@@ -257,7 +257,9 @@ class Exchange:
 
     async def _stream(self, question: Question, patience: Patience) -> Answer:
         hop, route = question.hop, question.route
-        client = self._client(_ClientKey(hop.trust, route.steered(hop), route.proxy(hop)))
+        plain = hop.url.startswith("http:")
+        key = _ClientKey(hop.trust, plain, route.steered(hop), route.proxy(hop))
+        client = self._client(key)
         headers = [
             *hop.headers,
             # bodies are bounded as they come: a compressed one would be bounded after it exploded
@@ -292,9 +294,10 @@ class Exchange:
         proxy = None
         if key.proxy is not None:
             secure = key.proxy.startswith("https:")
-            proxy = httpx.Proxy(key.proxy, ssl_context=self._proxy_trust if secure else None)
+            trust = trusting(self.settings.ca_file) if secure else None
+            proxy = httpx.Proxy(key.proxy, ssl_context=trust)
         client = httpx.AsyncClient(
-            verify=key.trust.context(),
+            verify=unverified() if key.plain else key.trust.context(),
             http2=False,
             follow_redirects=False,
             cookies=no_cookies,
@@ -312,6 +315,8 @@ class _ClientKey:
     """What requests have in common that may use the same connections."""
 
     trust: Trust
+    plain: bool
+    """Without TLS, so that there is nothing to trust."""
     steered: bool
     proxy: str | None = field(repr=False)
 

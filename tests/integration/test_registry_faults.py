@@ -518,7 +518,7 @@ def test_this_version_of_httpx_can_be_guarded() -> None:
 
     async def main() -> None:
         async with opened() as registry, httpx.AsyncClient() as bare:
-            key = _ClientKey(Trust(), steered=True, proxy=None)
+            key = _ClientKey(Trust(), plain=False, steered=True, proxy=None)
             client = registry._conversations._exchange._client(key)
             guarded_backend = client._transport._pool._network_backend  # type: ignore[attr-defined]
             assert type(guarded_backend).__name__ == "GuardedBackend"
