@@ -128,7 +128,8 @@ class Jobs:
         digest = layer.descriptor.digest
         download = Download(job, self._registry, self._transfers)
         while not store.has_bytes(layer):
-            partial = store.open_partial(layer)
+            # in a thread: it reads the headers of what there is of a tar
+            partial = await run_stoppable(lambda _: store.open_partial(layer))
             resumed = partial.done > 0
             job.partial = partial
             try:

@@ -134,7 +134,10 @@ class Store:
         return (self._files_path(layer.descriptor.digest) / FRAME).exists()
 
     def open_partial(self, layer: Layer) -> PartialBlob:
-        """Open what is there of an incomplete blob, to fill it. Raises :class:`ModelError`."""
+        """Open what is there of an incomplete blob, to fill it, in a worker thread.
+
+        Raises :class:`ModelError`.
+        """
         blob = layer.descriptor
         path, chunks = self.blob_path(blob.digest), self._chunks_path(blob.digest)
         try:
