@@ -27,6 +27,7 @@ TRASH: Final = "trash"
 MAP_SUFFIX: Final = ".chunks"
 """Of the file that only a content which is not complete has."""
 
+_ALGORITHMS: Final = ("sha256", "sha512")
 _SCRATCH: Final = ".new"
 _CONTENT_SUFFIXES: Final = ("", MAP_SUFFIX, ".parts", ".files", _SCRATCH, f".files{_SCRATCH}")
 _TREE_SUFFIXES: Final = ("", _SCRATCH)
@@ -140,7 +141,8 @@ def listing(root: Path, kind: str) -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
     top = root / kind
-    inner = [f"{entry.name}/" for entry in os.scandir(top) if entry.is_dir(follow_symlinks=False)]
+    # a disk that is mounted there has folders of its own, as lost+found
+    inner = [f"{algorithm}/" for algorithm in _ALGORITHMS if (top / algorithm).is_dir()]
     for folder in [""] if kind == TRASH else inner:
         for entry in os.scandir(top / folder):
             name, suffix = _split(entry.name, kind)

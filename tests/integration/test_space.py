@@ -25,6 +25,7 @@ from tests.support.stores import (
     MIB,
     NO_FLOOR,
     disk_bytes,
+    fill,
     pull,
     pulling,
     small_disk,
@@ -330,15 +331,6 @@ async def fill_when(proxy: Proxy, count: int, filler: Path) -> None:
     while proxy.counts.total < count:  # noqa: ASYNC110 - another thread counts
         await trio.sleep(0.01)
     await trio.to_thread.run_sync(fill, filler)
-
-
-def fill(filler: Path) -> None:
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(MIB))
-        except OSError:
-            os.fsync(file.fileno())
 
 
 def test_on_a_full_disk_what_is_not_used_still_goes(

@@ -13,7 +13,7 @@ from tests.support.commands import ModelCsi, wait_until
 from tests.support.driver import serve_driver
 from tests.support.models import ModelBuilder
 from tests.support.mounts import detach_below
-from tests.support.stores import MIB, disk_bytes, weights
+from tests.support.stores import MIB, disk_bytes, fill, small_disk, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -194,13 +194,50 @@ def test_serve_finds_orphans_and_keeps_what_is_mounted(
     shutil.rmtree(folder / "kubelet")
 
 
-def test_serve_collects_when_a_pull_has_ended(
+def test_serve_collects_when_a_pull_or_a_volume_has_ended(
     cli: ModelCsi, tmp_path: Path, registry: RegistryServer
 ) -> None:
     folder = tmp_path / "driver"
     folder.mkdir()
     cli = ModelCsi(folder / "root", cli.home, cli.environment)
+    target = tmp_path / "mnt"
     limits = ("--max-size", "20MiB", "--gc-high-watermark", "60", "--gc-low-watermark", "45")
     with serve_driver(folder, "--min-free", "0", *limits):
-        references = [pulled(cli, registry, f"serve-{n}", weights(4 * MIB)) for n in range(3)]
-        wait_until(lambda: listed(cli) == {references[2]}, "the two oldest went")
+        mounted = pulled(cli, registry, "serve-mounted", weights(5 * MIB))
+        assert cli.run("mount", mounted, str(target)).status == 0
+        for number in range(2):
+            pulled(cli, registry, f"serve-{number}", weights(4 * MIB))
+        # what is mounted stays, though it is the oldest
+        wait_until(lambda: listed(cli) == {mounted}, "all that is not mounted went")
+        big = weights(7 * MIB).push(registry, "commands/serve-big", "v1")
+        other = tmp_path / "other"
+        assert cli.run("mount", big, str(other)).status == 0
+        wait_until(lambda: listed(cli) == {mounted, big}, "what is mounted is all there is")
+        assert cli.run("unmount", str(target)).status == 0
+        wait_until(lambda: listed(cli) == {big}, "what was unmounted went")
+        assert cli.run("unmount", str(other)).status == 0
+
+
+def test_serve_starts_and_takes_volumes_down_on_a_full_disk(
+    cli: ModelCsi, tmp_path: Path, registry: RegistryServer
+) -> None:
+    with small_disk(tmp_path / "driver", 64 * MIB) as folder:
+        cli = ModelCsi(folder / "root", cli.home, cli.environment)
+        kept = pulled(cli, registry, "full-disk", weights(8 * MIB))
+        target = tmp_path / "mnt"
+        assert cli.run("mount", kept, str(target)).status == 0
+        for name in ("somebody-elses", "the-last-blocks"):
+            fill(folder / name)
+        config = tmp_path / "config"
+        config.mkdir()
+        with serve_driver(config, "--min-free", "0", "--root", str(cli.root)):
+            assert (target / "model-0.safetensors").stat().st_size == 8 * MIB
+            refused = cli.run(
+                "pull", weights(4 * MIB).push(registry, "commands/full-no", "v1"), "--json"
+            )
+            assert refused.error["code"] == "NoSpace"
+            assert cli.run("unmount", str(target)).status == 0
+            assert mount_at(target) is None
+            # and what is not used any more gives the room
+            wait_until(lambda: listed(cli) == set(), "the model went")
+            assert cli.run("pull", registry.reference("commands/full-no", "v1")).status == 0

@@ -150,6 +150,16 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         image.unlink()
 
 
+def fill(filler: Path) -> None:
+    """Take what is left of a small disk, as somebody else."""
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(MIB))
+        except OSError:
+            os.fsync(file.fileno())
+
+
 def killed_at(step: int, work: Callable[[Tell], None]) -> bool:
     """Run ``work`` in a process of its own that is killed at its ``step``-th step.
 

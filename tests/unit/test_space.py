@@ -394,12 +394,16 @@ def test_orphans_are_adopted_or_released(tmp_path: Path) -> None:
         (root / f"models/sha256/{'a' * 64}").mkdir(parents=True)
         (root / f"models/sha256/{'b' * 64}.new").mkdir()
         (root / "trash/deadbeef").write_bytes(b"x" * 10_000)
+        (root / "blobs/lost+found").mkdir()
+        (root / "blobs/lost+found/#12").touch()
         assert await store.orphans.bytes() > CHUNK
         await store.orphans.reconcile()
         assert await store.orphans.bytes() == 0
         assert store.open_partial(half).done == CHUNK
         assert not store.blob_path(whole.descriptor.digest).exists()
         assert list((root / "models").glob("*/*")) == list((root / "trash").iterdir()) == []
+        (root / "blobs/lost+found/#12").unlink()
+        (root / "blobs/lost+found").rmdir()
         assert store.space.usage().used == disk_bytes(root)
 
     in_store(root, work)
