@@ -22,7 +22,6 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links
-STUBS := csi_pb2.py csi_pb2.pyi csi_pb2_grpc.py csi_pb2_grpc.pyi
 
 .PHONY: help
 help:  ## what can be made
@@ -60,7 +59,7 @@ demo: setup  ## push a real model, mount it through CSI, load it from the mount
 	@$(BIN)/python -m tests.demo
 
 .PHONY: test
-test: lint proto-check .tools/csi-sanity  ## everything: lint, stubs, unit, integration, csi-sanity
+test: lint .tools/csi-sanity  ## everything: lint, unit, integration, csi-sanity
 	@$(BIN)/python -m pytest
 
 .PHONY: lint
@@ -117,15 +116,6 @@ stubs-into:
 		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--python_out=$(INTO) --grpc_python_out=$(INTO) --mypy_out=quiet:$(INTO) --mypy_grpc_out=quiet:$(INTO) \
 		proto/csi.proto
-
-.PHONY: proto-check
-proto-check: setup
-	@into=$$(mktemp -d); trap 'rm -rf "$$into"' EXIT; \
-	$(MAKE) --no-print-directory stubs-into INTO="$$into"; \
-	for stub in $(STUBS); do \
-		cmp "proto/$$stub" "$$into/proto/$$stub" || { echo "run 'make proto' and commit the stubs" >&2; exit 1; }; \
-	done; \
-	echo "the stubs are those of proto/csi.proto"
 
 .PHONY: lock
 lock: setup  ## the locks, from pyproject.toml
