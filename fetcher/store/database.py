@@ -23,10 +23,10 @@ _CHECKPOINT_PAGES: Final = 128
 """After which the log is written back and begun anew: it counts to what the store may take."""
 
 
-_BALLAST_BYTES: Final = _CHECKPOINT_PAGES * 4096
+BALLAST_BYTES: Final = _CHECKPOINT_PAGES * 4096
 """Enough for the log until it is begun anew, in the place that it has then."""
-_LITTLE: Final = 2 * _BALLAST_BYTES
-_ENOUGH: Final = 32 * _BALLAST_BYTES
+_LITTLE: Final = 2 * BALLAST_BYTES
+_ENOUGH: Final = 32 * BALLAST_BYTES
 
 
 class _Ballast:
@@ -51,7 +51,7 @@ class _Ballast:
             elif not self._there and free > _ENOUGH:
                 self._there = True
                 with self._path.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, _BALLAST_BYTES)
+                    os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
 
 
 class Database:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from fetcher.errors import NoSpace
 from fetcher.modelpack import Packing
 from fetcher.quantities import bytes_text
 from fetcher.store.disk import disk_error
@@ -31,8 +32,10 @@ T = TypeVar("T")
 _BLOCK: Final = 4096
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
-_LARGEST_STEP: Final = 32 * _MIB
+_LARGEST_STEP: Final = 256 * _MIB
 _SMALLEST_STEP: Final = 256 * _KIB
+
+_KEPT_FOR_RECORDS: Final = 256 * _KIB
 
 TREE_BYTES: Final = 64 * _KIB
 """What a tree of no more than some folders takes; a larger one grows."""
@@ -105,7 +108,7 @@ class Room:
         # others may have written much of what they reserved since somebody looked
         held = self._call(rooms.unsettled)
         stop = threading.Event()
-        measured = {one: taken(rooms.root, one, stop) for one in held}
+        measured = {one: rooms.taken(one, stop) for one in held}
         self._call(lambda: rooms.written(measured))
         granted = self._call(lambda: rooms.grant(name, count, evicting=True))
         if granted is None:
@@ -187,17 +190,35 @@ class Rooms:
             return
         with self._space.watched() as worked_on:
             measured = await run_stoppable(
-                lambda stop: {name: self._taken(name, stop) for name in names}
+                lambda stop: {name: self.taken(name, stop) for name in names}
             )
             self._space.believe(measured, worked_on)
         for name in measured.keys() - self._space.holding():
             self._spare.pop(name, None)
 
-    def _taken(self, name: str, stop: threading.Event) -> int:
+    def taken(self, name: str, stop: threading.Event) -> int:
+        """Bytes of a name on the disk; for a worker thread. Raises :class:`ModelError`."""
         try:
             return taken(self.root, name, stop)
         except OSError as error:
             raise disk_error(error, self.root / name) from error
+
+    def check_records(self, size: int) -> None:
+        """Raise :class:`NoSpace` unless so many bytes more fit into the records.
+
+        What the records need from day to day is kept free by every reservation; a manifest may be
+        larger than that.
+        """
+        left = self._space.left()
+        # it is written to the log first, and from there to the database
+        if left is not None and 2 * size + _KEPT_FOR_RECORDS > left:
+            raise NoSpace(
+                f"a manifest of {bytes_text(size)} does not fit below {self.root}, where "
+                f"{bytes_text(max(left, 0))} are left of what max-size allows",
+                needed=2 * size,
+                free=max(left, 0),
+                limit=self._space.limits.max_size,
+            )
 
     # -- growing -----------------------------------------------------------------------------------
 

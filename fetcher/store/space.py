@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from fetcher.errors import ModelError, NoSpace
 from fetcher.quantities import bytes_text
+from fetcher.store.database import BALLAST_BYTES
 from fetcher.store.footprint import MODELS, present
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class Space:
         try:
             yield watcher
         finally:
-            self._watchers.remove(watcher)
+            # not by equality: two of them may have seen the same
+            self._watchers = [other for other in self._watchers if other is not watcher]
 
     def believe(self, measured: Mapping[str, int], worked_on: set[str]) -> None:
         """Take what was measured: of what was worked on as written so far, else as all there is."""
@@ -263,6 +265,12 @@ class Space:
         """Whether somebody who works on it has claimed what it may take."""
         return name in self._claimed
 
+    def left(self) -> int | None:
+        """Bytes that nobody has or was promised below the cap; None without a cap."""
+        if self.limits.max_size is None:
+            return None
+        return self.limits.max_size - sum(self.holdings.total()) - self._records()
+
     def excess(self) -> int:
         """Bytes to evict by the watermarks and the floor; not positive while there is enough."""
         limits, disk = self.limits, Disk.of(self.root)
@@ -298,7 +306,8 @@ class Space:
         for again.
         """
         growth = min(max((self.limits.max_size or 0) // 64, _MIB), 16 * _MIB)
-        return self._records() + growth
+        ballast = BALLAST_BYTES - present(self.root / "state.db-ballast")
+        return self._records() + growth + max(ballast, 0)
 
 
 def _larger(claims: Mapping[str, int], recorded: Mapping[str, int]) -> dict[str, int]:

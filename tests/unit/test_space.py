@@ -147,6 +147,20 @@ def test_a_kill_leaves_a_figure_that_is_too_large_until_it_is_measured(tmp_path:
     in_store(tmp_path / "root", started_again)
 
 
+def test_who_measures_at_the_same_time_sees_the_same(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        with store.space.watched() as first:
+            with store.space.watched() as second:
+                with store.space.held(["blobs/sha256/one"]):
+                    pass
+                assert second == {"blobs/sha256/one"}
+            with store.space.held(["blobs/sha256/two"]):
+                pass
+            assert first == {"blobs/sha256/one", "blobs/sha256/two"}
+
+    in_store(tmp_path / "root", work)
+
+
 # -- what fits -------------------------------------------------------------------------------------
 
 
@@ -251,6 +265,18 @@ def _resolved(store: Store, builder: ModelBuilder) -> None:
     """Record the model as resolved from a tag, as a registry's word does."""
     reference = Reference("r.example.org", "acme/m", "v1")
     store.catalog.add_resolution(reference, builder.digest, builder.manifest(), "nobody")
+
+
+def test_a_large_manifest_does_not_pass_the_cap(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        first = read_model(weights(10 * MIB).manifest())
+        with store.held(first, EVERYTHING):
+            await store.reserve("r/first:v1", first, EVERYTHING)
+            store.rooms.check_records(2 * MIB)
+            with pytest.raises(NoSpace, match=r"a manifest of 4\.0 MiB does not fit"):
+                store.rooms.check_records(4 * MIB)
+
+    in_store(tmp_path / "root", work, CAP)
 
 
 # -- growing ---------------------------------------------------------------------------------------
