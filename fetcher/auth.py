@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
 
     from fetcher.credentials import Credentials
+    from fetcher.exchange import Patience
 
 _MAX_HEADER: Final = 8192
 _MAX_CHALLENGES: Final = 16
@@ -101,6 +102,8 @@ class Asked:
     actions: str = "pull"
     trust: Trust = field(default_factory=Trust, repr=False)
     """What TLS with it goes by."""
+    patience: Patience | None = field(default=None, compare=False, repr=False)
+    """For how long its token server is asked; makes no other token."""
 
     @property
     def scope(self) -> str:

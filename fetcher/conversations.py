@@ -62,7 +62,15 @@ class Wish:
     def asked(self, host: Host) -> Asked:
         """Whom we ask, about what, and with which rights."""
         plain = host.scheme == "http"
-        return Asked(host.name, host.netloc, plain, self.repository, self.actions, host.trust)
+        return Asked(
+            host.name,
+            host.netloc,
+            plain,
+            self.repository,
+            self.actions,
+            host.trust,
+            self.patience,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +191,7 @@ class Conversations:
                 max_bytes=MAX_TOKEN_BODY,
                 # a realm was checked before a password goes to it; where it leads on was not
                 follow=False,
+                patience=asked.patience,
             )
         )
         return answer.status, answer.body

@@ -25,14 +25,14 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
-from fetcher.ranges import Range
-from fetcher.sources import BlobSources
+from fetcher.ranges import Range, aligned
+from fetcher.sources import BlobSources, Choice
 from fetcher.threads import run_stoppable
 from fetcher.transport import Connection, TransferSettings
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from fetcher.credentials import Keychain
     from fetcher.hosts import Host
@@ -116,7 +116,7 @@ class Download:
         """The end of the one question for a first range, while it is asked."""
         self._void = False
         """A whole answer came: what is missing has to be looked up again."""
-        self._server: str | None = None
+        self._server = ""
         """The host that stands for the registry, once it was looked up."""
         self._failure: ModelError | None = None
 
@@ -138,8 +138,7 @@ class Download:
 
     def distrust(self) -> bool:
         """The bytes of this download were wrong: whether other sources may send the right ones."""
-        now, registry = trio.current_time(), self._server
-        liars = self._sources.distrust(registry, now) if registry else []
+        liars = self._sources.distrust(self._server, trio.current_time())
         if liars:
             logger.warning(
                 "wrong bytes came for blob %s: %s are not asked for it any more, and for nothing "
@@ -155,7 +154,7 @@ class Download:
         pieces = collections.deque(
             piece
             for missing in partial.missing()
-            for piece in missing.split(_RANGE_CHUNKS * partial.chunk_size)
+            for piece in aligned(missing, _RANGE_CHUNKS * partial.chunk_size)
         )
         async with trio.open_nursery() as nursery:
             for _ in range(min(len(pieces), self._settings.connections)):
@@ -207,28 +206,32 @@ class Download:
             self._failure = error
 
     async def _turn(self, partial: PartialBlob, tries: _Tries) -> _Turn:
-        """Whom to ask next; waits while somebody else asks for a first range."""
+        """Whom to ask next; while somebody else asks for a first range, only who has given one."""
         while True:
             hosts = await self._registry.hosts(self._wanted.source.reference)
             by_base = {one.base: one for one in (*hosts.able("pull"), hosts.server)}
             self._server = hosts.server.base
             begun = partial.done / max(self._blob.size, 1)
-            choice = self._sources.choose(
-                [base for base in by_base if base != self._server],
-                self._server,
-                trio.current_time(),
-                begun,
-            )
+            choice = self._choose(by_base, begun)
             if choice.wait:
                 await trio.sleep(choice.wait)
                 continue
-            host = by_base[choice.host]
-            if choice.whole or host.base in self._ranging:
-                return _Turn(host, whole=choice.whole)
-            if self._probe in (None, tries.probe):
-                # no checkpoint from here to where the probe begins: one is enough
-                return _Turn(host)
-            await self._probe.wait()
+            probe = self._probe
+            if not (probe in (None, tries.probe) or choice.whole or self._is_ranging(choice)):
+                choice = self._choose([one for one in by_base if one in self._ranging], begun)
+                if probe is not None and not self._is_ranging(choice):
+                    await probe.wait()
+                    continue
+            # no checkpoint from here to where a probe begins: one is enough
+            return _Turn(by_base[choice.host], whole=choice.whole)
+
+    def _choose(self, bases: Iterable[str], begun: float) -> Choice:
+        mirrors = [base for base in bases if base != self._server]
+        return self._sources.choose(mirrors, self._server, trio.current_time(), begun)
+
+    def _is_ranging(self, choice: Choice) -> bool:
+        """Whether a range may be asked for at once, as one was answered before."""
+        return choice.host in self._ranging and not choice.whole and not choice.wait
 
     async def _try(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> None:
         """One request to the host whose turn it is. Raises what ends the download.

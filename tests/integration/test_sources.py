@@ -16,7 +16,9 @@ import trio
 
 from fetcher.credentials import Credentials, DockerConfig, VolumeSecrets
 from fetcher.errors import DigestMismatch, ModelError, NotFound, Unauthenticated, Unavailable
+from fetcher.modelpack import Selection
 from fetcher.oci import Reference
+from fetcher.policy import PullPolicy
 from fetcher.registry import Registry, RegistrySettings
 from tests.support.commands import ModelCsi
 from tests.support.faulty_registry import FaultyRegistry, Reply, serve_faulty
@@ -27,10 +29,12 @@ from tests.support.registry import serve_registry
 from tests.support.registry_calls import NOBODY
 from tests.support.sources import (
     CHUNK,
+    PATIENT,
     PIECE,
     Node,
     in_node,
     mirrors_toml,
+    open_node,
     shown,
     weights,
     write_hosts,
@@ -176,6 +180,39 @@ def test_a_mirror_that_answers_and_falls_silent_is_left(
         assert mirror.counts.ranges
     finally:
         awake.set()
+
+
+def test_one_task_finds_out_whether_a_mirror_is_back_and_the_others_go_on(
+    tmp_path: Path, registry: RegistryServer, home: Proxy, mirror: Proxy
+) -> None:
+    size = 16 * PIECE
+    builder, files = weights(size)
+    builder.push(registry, "mirrored/hangs", "v1")
+    awake = threading.Event()
+    home.faults = Faults(bytes_per_second=size / 3)
+    mirror.faults = Faults(statuses=[503], stall=awake)
+
+    async def main() -> None:
+        both = settings(tmp_path, home.address, mirrors_toml(mirror.address))
+        reference = Reference.parse(f"{home.address}/mirrored/hangs:v1")
+        async with open_node(tmp_path / "root", both, PATIENT) as node:
+            resolved = await node.pulls.resolve(reference, NOBODY, PullPolicy.ALWAYS)
+            with node.pulls.join(resolved, Selection()) as joined:
+                while (  # noqa: ASYNC110 - threads move bytes, no event tells
+                    len(mirror.counts.ranges) < 2 or joined.progress().done < size - PIECE
+                ):
+                    await trio.sleep(0.01)
+                # the request that hangs is still waited for, by nobody but itself
+                base = f"http://{mirror.address}/v2"
+                assert not node.registry.health.rest(base, trio.current_time())
+                awake.set()
+                assert shown(await joined.wait()) == files
+
+    try:
+        trio.run(main)
+    finally:
+        awake.set()
+    assert mirror.counts.total + home.counts.total == size
 
 
 def test_a_mirror_that_breaks_off_is_left_at_the_byte_where_it_stopped(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -38,6 +38,8 @@ QUICK = DownloadSettings(
     longest_backoff=0.05,
     transfer=TransferSettings(connect_timeout=2, stall_timeout=1),
 )
+PATIENT = replace(QUICK, transfer=TransferSettings(connect_timeout=2, stall_timeout=60))
+"""With as much time for mirrors as they ever get."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def open_node(root: Path, settings: RegistrySettings) -> AsyncIterator[Node]:
+async def open_node(
+    root: Path, settings: RegistrySettings, downloads: DownloadSettings = QUICK
+) -> AsyncIterator[Node]:
     store = Store.open(root, CHUNK)
     registry = Registry(settings)
     try:
         async with trio.open_nursery() as nursery:
-            jobs = Jobs(store, registry, QUICK, nursery)
+            jobs = Jobs(store, registry, downloads, nursery)
             yield Node(Pulls(store, registry, jobs, PullSettings(), nursery), registry)
             nursery.cancel_scope.cancel()
         jobs.close()
