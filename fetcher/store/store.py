@@ -260,6 +260,9 @@ class Store:
         if there and layer.packing is Packing.TAR and not self.has_blob(layer.descriptor):
             # what a kill left between the last step of its download and the removal of its frame
             self.discard_blob(layer.descriptor.digest)
+        elif there and layer.packing is not Packing.TAR and self.has_blob(layer.descriptor):
+            # or between its unpacking and the removal of what it was unpacked from
+            self.laid_out(layer)
         return there
 
     def lay_out(self, layer: Layer, limits: UnpackLimits, stop: threading.Event) -> None:

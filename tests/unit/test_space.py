@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fetcher.archives import UnpackLimits
 from fetcher.errors import Conflict, InProgress, ModelError, NoSpace, NotFound, Unavailable
 from fetcher.modelpack import Packing, Selection, read_model
 from fetcher.oci import Reference
@@ -23,6 +24,7 @@ from tests.support.stores import (
     EVERYTHING,
     MIB,
     NO_FLOOR,
+    STILL,
     build,
     disk_bytes,
     put_content,
@@ -544,6 +546,28 @@ def test_two_pulls_of_one_packed_layer_have_its_spare_room_once(tmp_path: Path) 
                 assert store.space.usage().reserved >= before + tree + 2 * MIB - 8192
 
     in_store(tmp_path / "root", work)
+
+
+def test_what_a_layer_was_unpacked_from_goes_after_a_kill(tmp_path: Path) -> None:
+    builder = ModelBuilder().add_tar([Member("a", b"x" * MIB)], Packing.TAR_ZSTD)
+    model = read_model(builder.manifest())
+    [layer] = model.layers
+    digest = layer.descriptor.digest
+
+    async def killed(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            put_content(store, layer, builder.blobs[digest])
+            store.lay_out(layer, UnpackLimits(max_bytes=2 * MIB), STILL)
+
+    async def started_again(store: Store) -> None:
+        assert store.blob_path(digest).exists()
+        assert store.has_content(layer)
+        assert not store.blob_path(digest).exists()
+        build(store, model)
+
+    in_store(tmp_path / "root", killed)
+    in_store(tmp_path / "root", started_again)
 
 
 def test_an_error_is_for_the_user(tmp_path: Path) -> None:
