@@ -87,6 +87,9 @@ class PullService(Protocol):
     def left(self, model: str, selection: str) -> None:
         """A volume does not show this tree any more: it was used until now."""
 
+    def is_damaged(self, model: str, selection: str) -> bool:
+        """Whether this tree was found to be damaged, and has not been put right since."""
+
 
 @dataclass(frozen=True)
 class PublishRequest:
@@ -309,6 +312,8 @@ class Volumes:
         wrong = problem(record)
         if wrong is None and not await targets.answers(target, STATS_TIMEOUT):
             wrong = "its file system does not answer"
+        if wrong is None and self._pulls.is_damaged(record.model, record.selection):
+            wrong = "its files were found to be damaged; run 'model-csi verify' on the node"
         message = wrong or "mounted read-only from the node's store"
         return VolumeStats(
             bytes_used=record.size,

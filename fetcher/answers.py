@@ -6,6 +6,7 @@ Nothing here opens a connection: libcurl's callbacks in :mod:`fetcher.transport`
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fetcher.routes import Hop
 
 _GATHER_BYTES: Final = 512 * 1024
+_GATHER_SECONDS: Final = 0.005
+"""What is gathered is lost to a kill: on a slow line it is not gathered for long."""
 _MAX_HEADER_BYTES: Final = 64 * 1024
 _MAX_ERROR_BYTES: Final = 64 * 1024
 _ADDRESS_REFUSED: Final = frozenset({400, 401, 403, 410})
@@ -89,6 +92,7 @@ class BlobExchange:
         self._problem: BaseException | None = None
         self._pieces: list[bytes] = []
         self._gathered = 0
+        self._handed_over = time.monotonic()
         self.is_enough = False
         """The rest of the answer is of no use: it was we who ended it."""
 
@@ -134,7 +138,7 @@ class BlobExchange:
                 self._check_answer()
             self._pieces.append(data)
             self._gathered += len(data)
-            if self._gathered >= _GATHER_BYTES or self._gathered >= self._left:
+            if self._gathered >= min(_GATHER_BYTES, self._left) or self._is_slow():
                 self._hand_over()
         except BaseException as error:
             self._problem = error
@@ -147,11 +151,15 @@ class BlobExchange:
         self.is_enough = self._ignored > _MAX_ERROR_BYTES
         return 0 if self.is_enough else None
 
+    def _is_slow(self) -> bool:
+        return time.monotonic() - self._handed_over >= _GATHER_SECONDS
+
     def _hand_over(self) -> None:
         """Give the sink what was gathered: libcurl's 16 KiB at a time would keep Python busy."""
         data = b"".join(self._pieces)
         self._pieces.clear()
         self._gathered = 0
+        self._handed_over = time.monotonic()
         if len(data) > self._left:
             # a body longer than was said: what was asked for is there, and its digest will tell
             data = data[: self._left]

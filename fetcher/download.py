@@ -219,7 +219,7 @@ class Download:
             probe = self._probe
             if not (probe in (None, tries.probe) or choice.whole or self._is_ranging(choice)):
                 choice = self._choose([one for one in by_base if one in self._ranging], begun)
-                if probe is not None and not self._is_ranging(choice):
+                if not self._is_ranging(choice):
                     await probe.wait()
                     continue
             # no checkpoint from here to where a probe begins: one is enough

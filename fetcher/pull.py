@@ -300,6 +300,14 @@ class Pulls:
             self._store.catalog.touch_model(Digest.parse(model), selection)
         self._store.garbage.ask()
 
+    def is_damaged(self, model: str, selection: str) -> bool:
+        """Whether a tree was found to be damaged, and has not been put right since."""
+        try:
+            digest = Digest.parse(model)
+        except InvalidArtifact:
+            return False
+        return self._store.is_damaged(digest, selection)
+
     def _set_deadline(self, pull: Pull) -> None:
         """Let the pull run as long as somebody waits, else as long as anybody may come again."""
         if pull.waiters:

@@ -44,6 +44,15 @@ class Range:
             yield Range(start, min(start + most, self.stop))
 
 
+def aligned(wanted: Range, step: int) -> Iterator[Range]:
+    """``wanted`` as consecutive ranges that end at multiples of ``step``."""
+    start = wanted.start
+    while start < wanted.stop:
+        stop = min((start // step + 1) * step, wanted.stop)
+        yield Range(start, stop)
+        start = stop
+
+
 def join_chunks(chunks: Iterable[int], chunk_size: int, size: int) -> Iterator[Range]:
     """The byte ranges that ascending chunk numbers of a blob of ``size`` bytes cover, joined."""
     start = stop = -1

@@ -47,6 +47,7 @@ class PartialBlob:
                 if not place.open(size):
                     self._chunks.clear()
                 place.begin(self._there)
+                self._forget_lost_fills()
             except BaseException:
                 self._chunks.close()
                 raise
@@ -55,13 +56,42 @@ class PartialBlob:
         self.done = self._chunks.done()
         """Bytes that are there, in whole chunks."""
 
+    def _forget_lost_fills(self) -> None:
+        """Give up begun chunks whose place is not known any more."""
+        for chunk in self._chunks.missing():
+            fill, framed = self._chunks.fill(chunk)
+            if fill and not framed and not self.knows(chunk):
+                self._chunks.set_fill(chunk, 0, framed=False)
+
     def missing(self) -> list[Range]:
-        """The ranges that are not there, ascending, joined."""
-        return list(join_chunks(self._chunks.missing(), self._chunks.chunk_size, self.size))
+        """The ranges that are not there, ascending, joined; of begun chunks their rest."""
+        ranges: list[Range] = []
+        for joined in join_chunks(self._chunks.missing(), self._chunks.chunk_size, self.size):
+            for chunk in joined.split(self._chunks.chunk_size):
+                fill, _ = self._chunks.fill(chunk.start // self._chunks.chunk_size)
+                if fill or not ranges or ranges[-1].stop != chunk.start:
+                    ranges.append(Range(chunk.start + fill, chunk.stop))
+                else:
+                    ranges[-1] = Range(ranges[-1].start, chunk.stop)
+        return ranges
 
     def sink(self, wanted: Range) -> ChunkSink:
-        """A writer for the consecutive bytes of ``wanted``, which starts at a chunk's start."""
+        """A writer for the consecutive bytes of ``wanted``.
+
+        It starts at a chunk's start, or where the rest of a begun one does.
+        """
         return ChunkSink(self, wanted)
+
+    def fill(self, number: int) -> tuple[int, bool]:
+        """How many bytes of a chunk that is not there have been written, and whether framed."""
+        return self._chunks.fill(number)
+
+    def set_fill(self, number: int, fill: int, *, framed: bool) -> None:
+        """Say so, that a killed process does not fetch them again. Raises :class:`ModelError`."""
+        try:
+            self._chunks.set_fill(number, fill, framed=framed)
+        except OSError as error:
+            raise disk_error(error, self._place.path) from error
 
     def verify(self, stop: threading.Event) -> bool:
         """Follow the arriving chunks in order and hash them; whether the whole is what it should
@@ -196,13 +226,16 @@ class ChunkSink:
     """
 
     def __init__(self, blob: PartialBlob, wanted: Range) -> None:
-        if wanted.start % blob.chunk_size:
-            raise ValueError(f"{wanted} does not start at a chunk's start")
         self._blob = blob
         self._position = wanted.start
         self._stop = wanted.stop
         self._skipping = False
         self._framed = False
+        number, into = divmod(wanted.start, blob.chunk_size)
+        if into:
+            fill, self._framed = blob.fill(number)
+            if into != fill:
+                raise ValueError(f"{wanted} starts neither at a chunk's start nor at its rest")
 
     @property
     def remaining(self) -> Range:
@@ -229,12 +262,26 @@ class ChunkSink:
             chunk = self._blob.chunk(number)
             piece = view[: chunk.stop - self._position]
             if into == 0:
-                self._skipping = self._blob.has(number)
-                self._framed = not self._blob.knows(number)
+                self._begin(number)
             if not self._skipping:
                 self._blob.write(self._position, piece, framed=self._framed)
             self._position += len(piece)
-            if self._position == chunk.stop and not self._skipping:
-                self._blob.mark(number, framed=self._framed)
+            if not self._skipping:
+                self._tell(number, chunk)
             view = view[len(piece) :]
         return True
+
+    def _begin(self, number: int) -> None:
+        self._skipping = self._blob.has(number)
+        if not self._skipping:
+            if self._blob.fill(number)[0]:
+                # begun before, perhaps elsewhere: what is said of it must not outlive that
+                self._blob.set_fill(number, 0, framed=False)
+            self._framed = not self._blob.knows(number)
+
+    def _tell(self, number: int, chunk: Range) -> None:
+        """Say what is there now of the chunk that was written to."""
+        if self._position == chunk.stop:
+            self._blob.mark(number, framed=self._framed)
+        else:
+            self._blob.set_fill(number, self._position - chunk.start, framed=self._framed)

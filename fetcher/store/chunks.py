@@ -1,9 +1,10 @@
 """Chunk maps: which chunks of a blob are there, one byte each, in a file that readers may map.
 
-The file is a header of 64 bytes, then one byte per chunk. A chunk is marked only after its bytes
-were written, so a killed process loses nothing. Power loss may lose bytes whose mark survived: the
-header keeps the kernel's boot id, and in a map of an earlier boot only those chunks are believed
-that a checkpoint had put on the disk.
+The file is a header of 64 bytes, one byte per chunk, then four bytes per chunk that say how much of
+it has been written while it arrives. Both are set only after the bytes were written, so a killed
+process loses nothing. Power loss may lose bytes whose mark survived: the header keeps the kernel's
+boot id, and in a map of an earlier boot only those chunks are believed that a checkpoint had put on
+the disk.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ SYNCED: Final = 2
 """Its bytes are on the disk, where they belong: true after a power loss, too."""
 FRAMED: Final = 4
 """Its bytes wait in the frame of a tar layer for the place that its headers give them."""
+
+_FILL: Final = struct.Struct("<I")
+_FRAMED_FILL: Final = 1 << 31
+"""The bit of a fill whose bytes are in the frame."""
+MAX_CHUNK_BYTES: Final = _FRAMED_FILL - 1
 
 _AFTER_POWER_LOSS: Final = bytes(
     state if state & SYNCED and not state & FRAMED else 0 for state in range(256)
@@ -71,22 +77,25 @@ class ChunkMap:
         magic, size, chunk_size, boot, found = _HEADER.unpack_from(content)
         if (magic, size, found) != (_MAGIC, self.size, form) or chunk_size < 1:
             return None
-        if len(content) != HEADER_BYTES + -(-size // chunk_size):
+        count = -(-size // chunk_size)
+        if len(content) != HEADER_BYTES + count * (1 + _FILL.size):
             return None
-        self._states = bytearray(content[HEADER_BYTES:])
+        self._states = bytearray(content[HEADER_BYTES : HEADER_BYTES + count])
+        self._fills = [fill for (fill,) in _FILL.iter_unpack(content[HEADER_BYTES + count :])]
         if boot != boot_id():
             self._states = bytearray(self._states.translate(_AFTER_POWER_LOSS))
+            self._fills = [0] * count
             # the marks go before the boot id comes: a second power loss in between finds the same
-            os.pwrite(self._file, self._states, HEADER_BYTES)
+            os.pwrite(self._file, self._states + bytes(count * _FILL.size), HEADER_BYTES)
             os.fsync(self._file)
             self._write_header(chunk_size, form)
         return int(chunk_size)
 
     def _begin(self, form: int) -> None:
-        self._states = bytearray(self.count)
         os.ftruncate(self._file, 0)
         # zeros that are written take their room now, not when the disk has become full
-        os.pwrite(self._file, bytes(HEADER_BYTES) + self._states, 0)
+        os.pwrite(self._file, bytes(HEADER_BYTES), 0)
+        self.clear()
         self._write_header(self.chunk_size, form)
 
     def _write_header(self, chunk_size: int, form: int) -> None:
@@ -95,7 +104,8 @@ class ChunkMap:
     def clear(self) -> None:
         """No chunk is there: the bytes are gone. Raises :class:`OSError`."""
         self._states = bytearray(self.count)
-        os.pwrite(self._file, self._states, HEADER_BYTES)
+        self._fills = [0] * self.count
+        os.pwrite(self._file, bytes(self.count * (1 + _FILL.size)), HEADER_BYTES)
 
     def mark(self, chunk: int, *, framed: bool = False) -> None:
         """Say that the bytes of ``chunk`` have been written. Raises :class:`OSError`."""
@@ -110,6 +120,23 @@ class ChunkMap:
     def _set(self, chunk: int, state: int) -> None:
         self._states[chunk] = state
         os.pwrite(self._file, state.to_bytes(1, "little"), HEADER_BYTES + chunk)
+
+    def set_fill(self, chunk: int, fill: int, *, framed: bool) -> None:
+        """Say that the first ``fill`` bytes of ``chunk`` have been written, in the frame or not.
+
+        Raises :class:`OSError`.
+        """
+        value = fill | (_FRAMED_FILL if framed else 0)
+        self._fills[chunk] = value
+        offset = HEADER_BYTES + self.count + chunk * _FILL.size
+        os.pwrite(self._file, _FILL.pack(value), offset)
+
+    def fill(self, chunk: int) -> tuple[int, bool]:
+        """How many bytes of a chunk that is not there have been written, and whether framed."""
+        value = self._fills[chunk]
+        fill = value & MAX_CHUNK_BYTES
+        # a whole chunk would have been marked
+        return (fill if fill < self.length(chunk) else 0), bool(value & _FRAMED_FILL)
 
     def has(self, chunk: int) -> bool:
         """Whether the bytes of ``chunk`` have been written."""

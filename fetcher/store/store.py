@@ -274,6 +274,7 @@ class Store:
         """
         digest = layer.descriptor.digest
         if layer.packing is Packing.RAW:
+            self.room(digest).grow(need_of(layer, self._chunk_size).bytes)
             StoredBlob.of_files(self._files_path(digest)).copy_to(self.blob_path(digest), stop)
             return
         # entries are checked among themselves here, and with those of the other layers in `plan`
@@ -379,10 +380,14 @@ class Store:
         self.catalog.add_model(model.digest, selection.key, tree.size, tree.files)
         self.damages.remove([tree_name(model.digest, selection.key)])
 
+    def is_damaged(self, digest: Digest, selection: str) -> bool:
+        """Whether a tree was found to be damaged, and has not been put right since."""
+        return self.damages.has(tree_name(digest, selection))
+
     def tree(self, digest: Digest, selection: Selection) -> ModelTree | None:
         """A model's tree if it was built before, is still there, and not known to be damaged."""
         recorded = self.catalog.model(digest, selection.key)
-        if recorded is None or self.damages.has(tree_name(digest, selection.key)):
+        if recorded is None or self.is_damaged(digest, selection.key):
             return None
         path = self._tree_path(digest, selection)
         if not path.is_dir():

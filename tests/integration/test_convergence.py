@@ -35,8 +35,7 @@ KILLS = 20
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Driver]:
-    # what is on its way when a driver is killed is lost, by chunks: small ones for small models
-    driver = Driver(tmp_path / "node", "--pull-grace", "500ms", "--chunk-size", "128KiB")
+    driver = Driver(tmp_path / "node", "--pull-grace", "500ms")
     try:
         yield driver
     finally:
@@ -209,6 +208,7 @@ def test_a_driver_that_is_killed_again_and_again_converges(
     running = driver.start()
     with CsiClient(running.socket) as kubelet:
         kubelet.publish_inline("csi-one", target, context)
+        print(f"fetched {proxy.counts.total / total:.3f} times")
         assert proxy.counts.total <= 1.15 * total
         assert (target / "code/model.py").read_bytes() == code
         for name, data in files.items():

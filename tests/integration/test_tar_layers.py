@@ -147,7 +147,7 @@ def test_after_a_power_loss_a_pull_goes_on_from_its_checkpoint(
             saved = 3
             with trio.fail_after(30):
                 # half of it and more is on the disk, and the map says so
-                while chunk_map.read_bytes()[64:].count(saved) < 30:  # noqa: ASYNC110
+                while chunk_map.read_bytes()[64:128].count(saved) < 30:  # noqa: ASYNC110
                     await trio.sleep(0.01)
 
     async def finish(pulls: Pulls, store: Store) -> None:
@@ -158,7 +158,8 @@ def test_after_a_power_loss_a_pull_goes_on_from_its_checkpoint(
     before = proxy.counts.total
     monkeypatch.setattr(chunks_module, "boot_id", lambda: b"0" * 36)
     in_node(tmp_path / "root", finish)
-    assert proxy.counts.total - before <= size - 30 * CHUNK
+    # what the proxy was still sending when its client left counts as well: a piece per connection
+    assert proxy.counts.total - before <= size - 30 * CHUNK + 4 * CHUNK
 
 
 def test_a_killed_finish_leaves_nothing_behind(tmp_path: Path, registry: RegistryServer) -> None:

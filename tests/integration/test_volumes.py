@@ -358,6 +358,17 @@ def test_stats_of_a_healthy_volume(node: Node) -> None:
     trio.run(main)
 
 
+def test_stats_of_a_volume_whose_files_were_found_to_be_damaged(node: Node) -> None:
+    async def main() -> None:
+        target = await node.publish()
+        node.pulls.damaged.add((str(Digest.of(b"one")), ""))
+        stats = await node.volumes.stats("csi-one", target)
+        assert stats.abnormal
+        assert "damaged" in stats.message
+
+    trio.run(main)
+
+
 def test_stats_of_what_is_not_published(node: Node) -> None:
     async def main() -> None:
         with pytest.raises(NotFound):

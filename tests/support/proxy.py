@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
+import socket
 import socketserver
 import threading
 import time
@@ -127,6 +128,8 @@ class Proxy(socketserver.ThreadingTCPServer):
         self, upstream: str, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
     ) -> None:
         super().__init__((host, 0), _Handler)
+        # what is counted is what was sent, and not what waits in the kernel to be
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
         self.upstream = upstream
         self._host, self._tls = host, tls
         self._signed: dict[str, tuple[str, float]] = {}

@@ -48,6 +48,7 @@ class HandMadePulls:
         self.joined = 0
         self.waiting = 0
         self.holders: set[str] = set()
+        self.damaged: set[tuple[str, str]] = set()
 
     def hold(self) -> None:
         """Let downloads hang until ``arrived`` is set again."""
@@ -104,6 +105,9 @@ class HandMadePulls:
 
     def left(self, model: str, selection: str) -> None:
         """Nothing: these trees are never evicted."""
+
+    def is_damaged(self, model: str, selection: str) -> bool:
+        return (model, selection) in self.damaged
 
 
 class HandMadePull:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fetcher.oci import Digest
-from fetcher.ranges import Range
+from fetcher.ranges import Range, aligned
 from fetcher.store import chunks as chunks_module
 from fetcher.store.blobs import PartialBlob
 from fetcher.store.chunks import ChunkMap
@@ -128,7 +128,7 @@ def test_pieces_in_any_order_make_the_blob(
     folder = tmp_path_factory.mktemp("blob")
     content = data.draw(st.binary(min_size=0, max_size=6 * CHUNK + 7))
     blob = _blob(folder, content)
-    pieces = [piece for missing in blob.missing() for piece in missing.split(CHUNK)]
+    pieces = [piece for missing in blob.missing() for piece in aligned(missing, CHUNK)]
     for piece in data.draw(st.permutations(pieces)):
         sink = blob.sink(piece)
         while sink.remaining:
@@ -141,14 +141,41 @@ def test_pieces_in_any_order_make_the_blob(
     blob.close()
 
 
-def test_an_unfinished_chunk_is_not_there(tmp_path: Path) -> None:
+def test_an_unfinished_chunk_is_not_there_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     content = os.urandom(3 * CHUNK)
     blob = _blob(tmp_path, content)
     sink = blob.sink(Range(0, 3 * CHUNK))
     assert sink(content[: 2 * CHUNK - 1])
     blob.close()
     again = _blob(tmp_path, content)
-    assert again.missing() == [Range(CHUNK, 3 * CHUNK)]
+    assert again.missing() == [Range(2 * CHUNK - 1, 3 * CHUNK)]
+    assert again.done == CHUNK
+    assert again.sink(Range(2 * CHUNK - 1, 3 * CHUNK))(content[2 * CHUNK - 1 :])
+    assert again.verify(threading.Event())
+    again.close()
+
+
+def test_a_begun_chunk_may_be_begun_again(tmp_path: Path) -> None:
+    # a server that ignores ranges sends it from its first byte
+    content = os.urandom(3 * CHUNK)
+    blob = _blob(tmp_path, content)
+    assert blob.sink(Range(0, 3 * CHUNK))(content[: CHUNK - 1])
+    assert blob.sink(Range(0, 3 * CHUNK))(content[:5])
+    assert blob.missing() == [Range(5, 3 * CHUNK)]
+    with pytest.raises(ValueError, match="starts neither"):
+        blob.sink(Range(7, 3 * CHUNK))
+    blob.close()
+
+
+def test_a_power_loss_takes_begun_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(3 * CHUNK)
+    blob = _blob(tmp_path, content)
+    assert blob.sink(Range(0, 3 * CHUNK))(content[: CHUNK - 1])
+    blob.checkpoint(threading.Event())
+    blob.close()
+    monkeypatch.setattr(chunks_module, "boot_id", lambda: b"0" * 36)
+    again = _blob(tmp_path, content)
+    assert again.missing() == [Range(0, 3 * CHUNK)]
     again.close()
 
 
