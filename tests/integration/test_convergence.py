@@ -176,6 +176,29 @@ def test_a_pull_that_kubelet_comes_back_for_goes_on_between_its_calls(
         kubelet.unpublish("csi-one", target)
 
 
+@pytest.mark.parametrize("packing", [Packing.RAW, Packing.TAR])
+def test_a_line_that_breaks_every_second_only_delays(
+    driver: Driver, registry: RegistryServer, proxy: Proxy, packing: Packing
+) -> None:
+    data = os.urandom(48 * MIB)
+    builder = ModelBuilder()
+    if packing is Packing.RAW:
+        builder.add_raw("model.safetensors", data)
+    else:
+        builder.add_tar({"model.safetensors": data})
+    builder.push(registry, f"breaks/{packing.value}", "v1")
+    proxy.faults = Faults(bytes_per_second=16 * MIB, cut_every=1)
+    running = driver.start()
+    with CsiClient(running.socket) as kubelet:
+        target = running.target("one")
+        context = attributes(proxy, f"breaks/{packing.value}")
+        kubelet.publish_inline("csi-one", target, context, timeout=60)
+        assert (target / "model.safetensors").read_bytes() == data
+        assert proxy.counts.total <= 1.2 * len(data)
+        assert proxy.counts.blob_requests() >= 6
+        kubelet.unpublish("csi-one", target)
+
+
 def test_a_driver_that_is_killed_again_and_again_converges(
     driver: Driver, registry: RegistryServer, proxy: Proxy
 ) -> None:

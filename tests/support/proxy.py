@@ -11,6 +11,7 @@ import http.client
 import re
 import socket
 import socketserver
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ class Faults:
     """Close the connection after so many bytes."""
     cuts_left: int | None = None
     """How many answers are cut; ``None`` for all."""
+    cut_every: float | None = None
+    """Reset every connection that sends a blob, all at once, each time so many seconds are over."""
     corrupt_at: int | None = None
     """Flip a bit of the byte at this offset of the blob."""
     ignore_range: bool = False
@@ -268,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_blob(self, answer: http.client.HTTPResponse, digest: str) -> None:
         content_range = re.match(r"bytes (\d+)-", answer.getheader("Content-Range") or "")
         offset = int(content_range[1]) if content_range else 0
-        cut = self.server.take_cut()
+        cut, began = self.server.take_cut(), time.monotonic()
         sent = 0
         while piece := answer.read(_PIECE):
             faults = self.server.faults
@@ -276,6 +279,12 @@ class _Handler(BaseHTTPRequestHandler):
                 faults.stall.wait(60)
             if faults.bytes_per_second is not None:
                 self.server.pace.wait(len(piece), faults.bytes_per_second)
+            if (
+                faults.cut_every
+                and began // faults.cut_every < time.monotonic() // faults.cut_every
+            ):
+                self._reset()
+                return
             if cut is not None:
                 piece = piece[: cut - sent]
             self.wfile.write(_corrupted(piece, offset + sent, faults.corrupt_at))
@@ -284,6 +293,11 @@ class _Handler(BaseHTTPRequestHandler):
             if cut is not None and sent >= cut:
                 self.close_connection = True
                 return
+
+    def _reset(self) -> None:
+        """End the connection as a broken line does: what is on its way is lost."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
 
 
 def _corrupted(piece: bytes, offset: int, at: int | None) -> bytes:
