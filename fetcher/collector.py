@@ -25,14 +25,16 @@ INTERVAL: Final = 180.0
 
 
 async def keep_in_order(store: Store, interval: float = INTERVAL) -> None:
-    """Until cancelled: reconcile once, then collect whenever something ended, or ``interval`` went
-    by. What fails is logged, and tried again next time.
+    """Until cancelled: collect whenever something ended, reconcile at first and whenever nothing
+    did for ``interval``. What fails is logged, and tried again next time.
     """
     await _try(store.orphans.reconcile)
     while True:
         await _try(lambda: collect(store))
-        with trio.move_on_after(interval):
+        with trio.move_on_after(interval) as pause:
             await store.garbage.asked()
+        if pause.cancelled_caught:
+            await _try(store.orphans.reconcile)
 
 
 async def collect(store: Store) -> None:

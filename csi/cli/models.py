@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Download a model into the store.")
 @click.argument("reference", metavar="REF")
 @selection_options
-@setting_options(("connections",))
+@setting_options(("connections", "max_size", "min_free"))
 @registry_options
 @global_options
 @pass_invocation

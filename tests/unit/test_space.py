@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from fetcher.archives import UnpackLimits
+from fetcher.collector import keep_in_order
 from fetcher.errors import Conflict, InProgress, ModelError, NoSpace, NotFound, Unavailable
 from fetcher.modelpack import Packing, Selection, read_model
 from fetcher.oci import Reference
@@ -462,6 +463,31 @@ def test_a_tree_that_is_mounted_is_adopted_and_any_other_one_is_not(tmp_path: Pa
         assert await store.orphans.bytes() == 0
 
     in_store(root, work)
+
+
+def test_the_store_is_kept_in_order_while_it_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(store: Store) -> None:
+        async def released(name: str) -> None:
+            orphan = store.root / "models/sha256" / name
+            orphan.mkdir(parents=True)
+            while orphan.exists():  # noqa: ASYNC110 - what removes it tells nobody
+                await trio.sleep(0.005)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_in_order, store, 0.01)
+            await released("a" * 64)
+            await released("b" * 64)
+            # what fails once is tried again
+            (store.root / "trash").rename(store.root / "elsewhere")
+            while "keeping the store in order: " not in caplog.text:  # noqa: ASYNC110 - a log
+                await trio.sleep(0.005)
+            (store.root / "elsewhere").rename(store.root / "trash")
+            await released("c" * 64)
+            nursery.cancel_scope.cancel()
+
+    in_store(tmp_path / "root", work)
 
 
 def test_what_is_worked_on_is_no_orphan(tmp_path: Path) -> None:
