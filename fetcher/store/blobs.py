@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from fetcher.oci import Digest
     from fetcher.store.places import Place
 
-_VERIFY_BYTES: Final = 1024 * 1024
+_VERIFY_BYTES: Final = 256 * 1024
+"""Read and hashed at one time: every blob on its way has so much memory of its own."""
+
 _STOP_SECONDS: Final = 0.2
 """How long a waiting thread sleeps before it looks whether it should stop."""
 

@@ -18,12 +18,12 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PROCESSORS: Final = os.cpu_count() or 1
 
 _LOOK_SECONDS: Final = 0.5
-_PATIENCE_SECONDS: Final = 60.0
+_PATIENCE_SECONDS: Final = 20.0
 _QUIET: Final = 0.08
 """The part of the processors that may be busy before a run."""
 _DISTURBED: Final = 0.20
 """The part that others may use during a run; the kernel's own threads count as others."""
-_TRIES: Final = 4
+_TRIES: Final = 3
 
 _FILL_BYTES: Final = 4 * MIB
 _FILL_ROUNDS: Final = 3

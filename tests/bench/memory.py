@@ -28,7 +28,7 @@ _LIMIT_MIB: Final = 200
 _SAMPLE_SECONDS: Final = 0.1
 _POINTS: Final = 300
 """At most so many points of a line are drawn."""
-_LAYERS: Final = 4
+_LAYERS: Final = 16
 
 
 @dataclass(frozen=True)
