@@ -91,7 +91,7 @@ class StoreCalls:
         if volumes:
             shown = ", ".join(volumes[:10]) + (", …" if len(volumes) > 10 else "")
             raise Conflict(
-                f"model {digest} is used by {len(volumes)} volumes: {shown}; unpublish them first",
+                f"model {digest} is in use, by these volumes: {shown}; unpublish them first",
                 digest=digest,
                 volumes=shown,
             )
