@@ -246,7 +246,8 @@ class TarFiles:
 
     @contextlib.contextmanager
     def _part(self, number: int) -> Iterator[int]:
-        file = _open_writable(self._parts / str(number))
+        # text, not a Path: this is done for every write
+        file = _open_writable(f"{self._parts}/{number}")
         try:
             yield file
         finally:
@@ -380,11 +381,11 @@ def _check_entries(entries: Iterable[Entry]) -> None:
     tree.entries()
 
 
-def _open_writable(path: Path) -> int:
+def _open_writable(path: str | Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o644)
     except PermissionError:
         # ours, and made read-only by a process that was killed before it could record it
-        path.chmod(0o644)
+        os.chmod(path, 0o644)
         return os.open(path, flags, 0o644)
