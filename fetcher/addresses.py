@@ -23,12 +23,26 @@ if TYPE_CHECKING:
 
     _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_METADATA: Final = frozenset(
-    ipaddress.ip_address(text)
-    # Amazon's over IPv6, Alibaba's, Azure's wire server, Oracle's
-    for text in ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
+_METADATA: Final = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "100.100.100.200",  # Alibaba
+        "168.63.129.16",  # Azure's wire server
+        "192.0.0.192",  # Oracle's classic
+        "fd00:ec2::/32",  # Amazon's own services: EC2 at ::254, EKS Pod Identity at ::23
+        "fd20:ce::254",  # Google
+        "fd00:c1::a9fe:a9fe",  # Oracle
+        "fd00:42::42",  # Scaleway
+        "fd00:a9fe:a9fe::1",  # Akamai
+        "fd00:100::100:200",  # Alibaba
+    )
 )
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+"""Where clouds hand out what belongs to the machine, or to its pods, outside of link-local ranges.
+
+Networks of one's own have unique local addresses too, so these are refused one by one.
+"""
+_EMBEDDING: Final = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/96", "::/96"))
+"""IPv6 networks whose last four bytes are an IPv4 address: RFC 6052 and 4291 section 2.5.5.1."""
 
 
 class RefusedAddress(Exception):
@@ -48,7 +62,7 @@ def refused(host: str, *, steered: bool = False) -> str | None:
         return None
     if address.is_link_local:
         return "is link-local, where clouds keep the credentials of machines"
-    if address in _METADATA:
+    if any(address in network for network in _METADATA):
         return "is a cloud's metadata service"
     if address.is_multicast or address.is_unspecified:
         return "is not the address of a machine"
@@ -58,7 +72,10 @@ def refused(host: str, *, steered: bool = False) -> str | None:
 
 
 def parse_address(host: str) -> _Address | None:
-    """The address that ``host`` is, through the forms in which IPv6 wraps IPv4; None for a name."""
+    """The address that ``host`` is, through the forms in which IPv6 wraps IPv4; None for a name.
+
+    ``::`` and ``::1`` are themselves, though they look like one of these forms.
+    """
     text = host.strip("[]").partition("%")[0]
     try:
         address = ipaddress.ip_address(text)
@@ -67,7 +84,8 @@ def parse_address(host: str) -> _Address | None:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped or address.sixtofour:
             return address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
+        own = address.is_unspecified or address.is_loopback
+        if not own and any(address in network for network in _EMBEDDING):
             return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address
 

@@ -210,7 +210,37 @@ def test_even_a_plain_registry_leads_nobody_to_link_local_addresses() -> None:
         check_realm(PLAIN, "http://169.254.169.254/latest/meta-data")
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "fd00:ec2::254",
+        "fd00:ec2::23",
+        "fd20:ce::254",
+        "fd00:c1::a9fe:a9fe",
+        "fd00:42::42",
+        "fd00:a9fe:a9fe::1",
+        "fd00:100::100:200",
+        "[FD20:00CE:0::254]",
+        "::a9fe:a9fe",
+        "::169.254.169.254",
+        "::ffff:100.100.100.200",
+        "::6464:64c8",
+        "64:ff9b::a83f:8110",
+        "2002:a9fe:a9fe::",
+    ],
+)
+def test_where_clouds_keep_the_credentials_of_machines(address: str) -> None:
+    assert refused(address)
+
+
 def test_addresses() -> None:
+    assert refused("fd00:ec3::254") is None
+    assert refused("fd20:ce::253") is None
+    assert refused("::a00:1") is None
+    assert refused("::1") is None
+    assert refused("::1", steered=True)
+    assert refused("::127.0.0.1", steered=True)
+    assert refused("::")
     assert refused("169.254.1.1")
     assert refused("fe80::1%eth0")
     assert refused("100.100.100.200")
