@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 MAX_EXTENSION_BYTES: Final = 1024 * 1024
 """The largest extended header: the most that is read into memory at a time."""
 
+MAX_HEADERS_BYTES: Final = 4 * 1024 * 1024
+"""Of all headers that stand before one entry, extended ones with what they hold."""
+
 _SET_ID: Final = 0o6000
 
 
@@ -204,6 +207,11 @@ class _Archive:
 
     def _next_header(self) -> tar.Header | None:
         """The next header; ``None`` at the end, marked by zeros or (some tools) only by it."""
+        if self.reader.position - self.mark[0] > MAX_HEADERS_BYTES:
+            raise InvalidArtifact(
+                f"the layer's tar archive has more than {MAX_HEADERS_BYTES} bytes of headers "
+                "before one entry"
+            )
         block = self.reader.read(tar.BLOCK)
         if not block and self.reader.position == 0:
             raise InvalidArtifact("the layer is empty: it is no tar archive")

@@ -83,8 +83,7 @@ class Verifier:
         held = store.space.holdings.below(BLOBS)
         sizes = {holding.name: holding.bytes for holding in held if holding.settled}
         if models is not None:
-            layers = [layer for model in models for layer in store.catalog.layers(model)]
-            wanted = {content_name(layer) for layer in layers}
+            wanted = self._made_of(models)
             sizes = {name: size for name, size in sizes.items() if name in wanted}
         self._total = sum(sizes.values())
         found: dict[str, str] = {}
@@ -96,6 +95,16 @@ class Verifier:
                 if problem is not None:
                     found[name] = problem
             self._done += size
+        return found
+
+    def _made_of(self, models: Collection[Digest]) -> set[str]:
+        """The contents of some models: by their manifests, and by the trees that are here."""
+        layers = (layer for model in models for layer in self._store.catalog.layers(model))
+        found = {content_name(layer) for layer in layers}
+        for name, used in self._store.space.holdings.uses().items():
+            tree = tree_of(name)
+            if tree is not None and tree[0] in models:
+                found |= used
         return found
 
     async def _check_trees(
@@ -148,12 +157,17 @@ class Verifier:
 
     async def _repair(self, contents: dict[str, str], trees: dict[str, str]) -> list[Finding]:
         store = self._store
+        # no checkpoint from here to the eviction: also trees that were built meanwhile, or belong
+        # to models that were not asked for, show what is damaged
+        trees = {**self._showing(contents), **trees}
         busy = store.space.holding()
         store.damages.add(trees)
         pinned = {tree_name(*tree) for tree in store.garbage.pinned()}
         gone = [name for name in trees if name not in pinned and name not in busy]
         victims: tuple[HeldTree | HeldContent, ...] = (
-            *(HeldContent(name, 0, 0.0) for name in contents if name not in busy),
+            # held or not: no download writes to what is complete, and who is about to link to it
+            # must not; that pull fails, and is asked for again
+            *(HeldContent(name, 0, 0.0) for name in contents),
             *(HeldTree(name, 0, 0.0, frozenset()) for name in gone),
         )
         store.garbage.evict(Plan(victims))
@@ -167,6 +181,15 @@ class Verifier:
             else:
                 findings.append(await self._restore(name, problem))
         return findings
+
+    def _showing(self, contents: Collection[str]) -> dict[str, str]:
+        """All trees that show damaged contents."""
+        recorded = {tree_name(digest, key) for digest, key, _ in self._store.catalog.trees()}
+        return {
+            tree: "it shows a damaged content"
+            for tree, used in self._store.space.holdings.uses().items()
+            if tree in recorded and used.intersection(contents)
+        }
 
     async def _measure(self, names: Iterable[str]) -> None:
         """Record what mounted trees take now: files that only they link to are theirs."""

@@ -6,17 +6,19 @@ blob into a complete one, and only after its data was synchronised to the disk.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Final
 
 from fetcher.ranges import Range, join_chunks
 from fetcher.store.chunks import ChunkMap
-from fetcher.store.disk import disk_error
+from fetcher.store.disk import WritesLost, disk_error
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fetcher.errors import ModelError
     from fetcher.oci import Digest
     from fetcher.store.places import Place
 
@@ -46,10 +48,7 @@ class PartialBlob:
         try:
             self._chunks = ChunkMap(chunks, size, chunk_size, place.form)
             try:
-                if not place.open(size):
-                    self._chunks.clear()
-                place.begin(self._there)
-                self._forget_lost_fills()
+                self._open(place)
             except BaseException:
                 self._chunks.close()
                 raise
@@ -57,6 +56,17 @@ class PartialBlob:
             raise disk_error(error, place.path) from error
         self.done = self._chunks.done()
         """Bytes that are there, in whole chunks."""
+
+    def _open(self, place: Place) -> None:
+        intact = place.open(self.size)
+        try:
+            if not intact:
+                self._chunks.clear()
+            place.begin(self._there)
+            self._forget_lost_fills()
+        except BaseException:
+            place.close()
+            raise
 
     def _forget_lost_fills(self) -> None:
         """Give up begun chunks whose place is not known any more."""
@@ -202,7 +212,7 @@ class PartialBlob:
             self._place.sync()
             self._chunks.mark_synced(marked)
         except OSError as error:
-            raise disk_error(error, self._place.path) from error
+            raise self._failed(error) from error
 
     def finish(self, stop: threading.Event) -> None:
         """Put data and names on the disk as they will stay, once the digest was right.
@@ -213,7 +223,14 @@ class PartialBlob:
         try:
             self._place.finish(stop)
         except OSError as error:
-            raise disk_error(error, self._place.path) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> ModelError:
+        """What to raise; bytes that the disk may not have are not believed any more."""
+        if isinstance(error, WritesLost):
+            with contextlib.suppress(OSError):
+                self._chunks.forget_unsynced()
+        return disk_error(error, self._place.path)
 
     def close(self) -> None:
         """Release its descriptors; what is there stays."""

@@ -83,10 +83,9 @@ class ChunkMap:
         self._states = bytearray(content[HEADER_BYTES : HEADER_BYTES + count])
         self._fills = [fill for (fill,) in _FILL.iter_unpack(content[HEADER_BYTES + count :])]
         if boot != boot_id():
-            self._states = bytearray(self._states.translate(_AFTER_POWER_LOSS))
-            self._fills = [0] * count
+            self.count = count
             # the marks go before the boot id comes: a second power loss in between finds the same
-            os.pwrite(self._file, self._states + bytes(count * _FILL.size), HEADER_BYTES)
+            self.forget_unsynced()
             os.fsync(self._file)
             self._write_header(chunk_size, form)
         return int(chunk_size)
@@ -106,6 +105,12 @@ class ChunkMap:
         self._states = bytearray(self.count)
         self._fills = [0] * self.count
         os.pwrite(self._file, bytes(self.count * (1 + _FILL.size)), HEADER_BYTES)
+
+    def forget_unsynced(self) -> None:
+        """Believe only chunks that are on the disk. Raises :class:`OSError`."""
+        self._states = bytearray(self._states.translate(_AFTER_POWER_LOSS))
+        self._fills = [0] * self.count
+        os.pwrite(self._file, self._states + bytes(self.count * _FILL.size), HEADER_BYTES)
 
     def mark(self, chunk: int, *, framed: bool = False) -> None:
         """Say that the bytes of ``chunk`` have been written. Raises :class:`OSError`."""

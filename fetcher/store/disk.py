@@ -34,6 +34,21 @@ def disk_error(error: OSError, path: Path) -> ModelError:
     return ModelError(f"{path} cannot be used: {error.strerror or error}", path=path)
 
 
+class WritesLost(OSError):
+    """The kernel could not put written bytes on the disk, and may have dropped them from memory.
+
+    It says so once: a second ``fsync`` succeeds, whatever the disk has.
+    """
+
+
+def sync_file(descriptor: int) -> None:
+    """Put the bytes of a file on the disk. Raises :class:`WritesLost`."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise WritesLost(error.errno, error.strerror) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in ``folder`` on the disk. Raises :class:`OSError`."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

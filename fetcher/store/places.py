@@ -17,7 +17,13 @@ import shutil
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
-from fetcher.archives import NotThere, TarWalk, UnpackLimits
+from fetcher.archives import (
+    MAX_EXTENSION_BYTES,
+    MAX_HEADERS_BYTES,
+    NotThere,
+    TarWalk,
+    UnpackLimits,
+)
 from fetcher.artifacts import Entry, FileEntry, Tree
 from fetcher.compression import BoundedReader
 from fetcher.errors import InvalidArtifact
@@ -27,6 +33,7 @@ from fetcher.store.disk import (
     publish_folder,
     punch_hole,
     start_writing,
+    sync_file,
     sync_folder,
     write_at,
     write_durably,
@@ -45,7 +52,7 @@ _NAME_BYTES: Final = 64
 """What a file's name takes in its folder, at most."""
 _OTHER_BYTES: Final = 8 * _BLOCK
 """What a layer's folder, index, frame and map take by being there."""
-_MAX_HEADERS: Final = 4 * 1024 * 1024
+_MAX_HEADERS: Final = MAX_HEADERS_BYTES + 2 * MAX_EXTENSION_BYTES
 """More than all headers of one entry may have: what is missing beyond is the archive's end."""
 
 WHOLE_FILE: Final = 1
@@ -132,7 +139,7 @@ class WholeFile:
     release = settle
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        sync_file(self._file)
         sync_folder(self.path.parent)
 
     def finish(self, stop: threading.Event) -> None:
@@ -210,6 +217,8 @@ class TarFiles:
             if not intact and self._parts.exists():
                 shutil.rmtree(self._parts)
             self._parts.mkdir(mode=0o700, exist_ok=True)
+            # what an earlier process wrote may not be on the disk either
+            self._dirty = {int(name) for name in os.listdir(self._parts) if name.isdecimal()}
         except OSError:
             os.close(self._frame)
             raise
@@ -327,8 +336,8 @@ class TarFiles:
         try:
             for number in sorted(dirty):
                 with self._part(number) as file:
-                    os.fsync(file)
-            os.fsync(self._frame)
+                    sync_file(file)
+            sync_file(self._frame)
             sync_folder(self._parts)
             sync_folder(self.path.parent)
         except BaseException:
@@ -351,9 +360,10 @@ class TarFiles:
             if stop.is_set():
                 raise Stopped
             with self._part(number) as file:
-                os.ftruncate(file, entry.size)
+                if os.fstat(file).st_size != entry.size:
+                    raise OSError(errno.EIO, f"the bytes of {entry.path} are not all there")
                 finish_file(file, executable=entry.executable, mtime_ns=entry.mtime_ns)
-                os.fsync(file)
+                sync_file(file)
         for name in (FRAME, INDEX):
             (self._parts / name).unlink(missing_ok=True)
         self._copy_frame(frame)
@@ -367,7 +377,7 @@ class TarFiles:
                 for part in piece.split(_COPY_BYTES):
                     file.write(os.pread(self._frame, len(part), part.start))
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
 
     def close(self) -> None:
         os.close(self._frame)

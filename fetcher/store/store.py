@@ -47,6 +47,7 @@ _TAR_CHUNKS: Final = 128
 """Of a tar layer, at least: one of them lies on the disk twice for the moment of being moved."""
 
 _LEAST_CHUNK: Final = 64 * 1024
+_BLOCK: Final = 4096
 
 
 class Store:
@@ -152,7 +153,9 @@ class Store:
         place: Place = TarFiles(path, grow) if is_tar else WholeFile(path)
         chunk_size = self._chunk_size
         if is_tar:
-            chunk_size = max(min(chunk_size, blob.size // _TAR_CHUNKS), _LEAST_CHUNK)
+            # of whole blocks of the disk: at every other edge one would stay in the frame
+            part = blob.size // _TAR_CHUNKS // _BLOCK * _BLOCK
+            chunk_size = max(min(chunk_size, part), _LEAST_CHUNK)
         return PartialBlob(place, chunks, blob.digest, blob.size, chunk_size)
 
     def missing_bytes(self, blob: Descriptor) -> int:

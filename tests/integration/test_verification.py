@@ -11,7 +11,8 @@ import pytest
 
 from fetcher.errors import Unavailable
 from fetcher.modelpack import Packing, Selection
-from fetcher.store.footprint import tree_name
+from fetcher.oci import Digest
+from fetcher.store.footprint import content_name, tree_name
 from fetcher.verification import Finding, Verifier
 from tests.integration.test_pull import CHUNK, NOBODY, in_node, pull, push
 from tests.support.models import Member, ModelBuilder, hard_link, symlink
@@ -173,6 +174,34 @@ def test_what_cannot_be_fetched_again_is_shown_to_no_other_volume_until_it_is_ri
 
     in_node(tmp_path / "root", rotten)
     in_node(tmp_path / "root", still_rotten)
+
+
+def test_every_tree_that_shows_a_damaged_blob_is_damaged(
+    tmp_path: Path, registry: RegistryServer
+) -> None:
+    """Also that of a model that was not asked for, and though somebody works on the blob."""
+    first = ModelBuilder().add_raw(NAME, DATA)
+    second = ModelBuilder().add_raw("other.safetensors", DATA).add_raw("b.json", b"{}")
+    push(registry, first, "damage/first")
+    push(registry, second, "damage/second")
+
+    async def work(pulls: Pulls, store: Store) -> None:
+        tree = await pull(pulls, registry.reference("damage/first", "v1"))
+        other = await pull(pulls, registry.reference("damage/second", "v1"))
+        rot(tree)
+        verifier = Verifier(store, pulls, NOBODY)
+        with store.held_content(Digest.of(DATA)):
+            findings = await verifier.verify({tree.digest}, repair=True)
+        assert {finding.name for finding in findings} == {
+            content_name(Digest.of(DATA)),
+            tree_name(tree.digest, ""),
+            tree_name(other.digest, ""),
+        }
+        assert store.tree(other.digest, EVERYTHING) is None
+        other = await pull(pulls, registry.reference("damage/second", "v1"))
+        assert (other.path / "other.safetensors").read_bytes() == DATA
+
+    in_node(tmp_path / "root", work)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tarfile
 import threading
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fetcher.errors import InvalidArtifact, NoSpace
+from fetcher.errors import InvalidArtifact, ModelError, NoSpace
 from fetcher.oci import Digest
 from fetcher.ranges import Range, aligned
 from fetcher.store import chunks as chunks_module
@@ -19,7 +20,17 @@ from fetcher.store.blobs import PartialBlob
 from fetcher.store.layers import load_layer
 from fetcher.store.places import TarFiles
 from fetcher.store.stored import StoredBlob
-from tests.support.models import END, Member, folder, hard_link, header_block, make_tar, symlink
+from tests.support.models import (
+    END,
+    Member,
+    folder,
+    hard_link,
+    header_block,
+    make_tar,
+    padded,
+    pax_record,
+    symlink,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,6 +210,11 @@ def test_entries_keep_their_kind(tmp_path: Path) -> None:
     assert modes == [0o555, 0o444]
 
 
+def _global_header() -> bytes:
+    record = pax_record(b"comment", b"x" * 1_000_000)
+    return header_block(b"global", len(record), b"g") + padded(record)
+
+
 HOSTILE = {
     "escape": make_tar([Member("a", b"x"), Member("../b", b"y")]),
     "cut off": make_tar([Member("a", b"x" * 5000)])[:3000],
@@ -209,6 +225,8 @@ HOSTILE = {
     "endless": header_block(b"a", b"\x80" + b"\xff" * 11) + END,
     "beyond": header_block(b"a", 10**9) + b"x" * 2000 + END,
     "empty": b"",
+    # what looks like the archive's end, as it goes on so long, and is none
+    "headers": _global_header() * 7 + make_tar([Member("a", b"x" * 9000)]),
 }
 
 
@@ -216,7 +234,7 @@ HOSTILE = {
 def test_a_hostile_tar_is_refused_once_its_digest_is_right(tmp_path: Path, archive: bytes) -> None:
     # wrong bytes look hostile as well: until the digest is known, nobody is accused
     for _ in range(2):
-        blob = _open(tmp_path, archive, chunk_size=512)
+        blob = _open(tmp_path, archive, chunk_size=512 if len(archive) < 10**6 else 2**18)
         for piece in reversed(_chunks(blob)):
             _send(blob, archive, piece)
         assert blob.verify(GO_ON)
@@ -261,3 +279,75 @@ def test_what_a_layer_takes_beyond_its_size_is_asked_for(tmp_path: Path) -> None
     with pytest.raises(NoSpace):
         _send(blob, archive, Range(0, len(archive)))
     blob.close()
+
+
+def test_what_an_earlier_process_wrote_is_synchronised_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_tar([Member(f"file-{number}", os.urandom(3 * CHUNK)) for number in range(3)])
+    blob = _open(tmp_path, archive)
+    pieces = _chunks(blob)
+    for piece in pieces[:-1]:
+        _send(blob, archive, piece)
+    blob.close()
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    blob = _open(tmp_path, archive)
+    blob.checkpoint(GO_ON)
+    blob.close()
+    assert {"0", "1", "blob"} <= synced
+
+
+@pytest.mark.parametrize("step", ["checkpoint", "finish"])
+def test_bytes_that_the_disk_refused_are_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    # the kernel tells once, and a second fsync succeeds whatever the disk has
+    archive = make_tar([Member("file", os.urandom(9 * CHUNK))])
+    blob = _open(tmp_path, archive)
+    _send(blob, archive, Range(0, 4 * CHUNK))
+    assert blob.done == 4 * CHUNK
+    blob.checkpoint(GO_ON)
+    _send(blob, archive, Range(4 * CHUNK, len(archive)))
+    assert blob.verify(GO_ON)
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    put_on_disk = blob.checkpoint if step == "checkpoint" else blob.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(ModelError, match="I/O error"):
+            put_on_disk(GO_ON)
+    blob.close()
+    blob = _open(tmp_path, archive)
+    missing = sum(len(piece) for piece in blob.missing())
+    assert missing >= len(archive) - 4 * CHUNK
+    for piece in _chunks(blob):
+        _send(blob, archive, piece)
+    assert blob.verify(GO_ON)
+    blob.finish(GO_ON)
+    blob.close()
+    assert StoredBlob.of_files(tmp_path / "blob.files").matches(Digest.of(archive), GO_ON)
+
+
+def test_a_blob_that_cannot_be_opened_leaves_no_descriptor(tmp_path: Path) -> None:
+    archive = make_tar([Member("file", b"x" * CHUNK)])
+    blob = _open(tmp_path, archive)
+    _send(blob, archive, Range(0, len(archive)))
+    blob.close()
+
+    def refuse(_: int) -> None:
+        raise NoSpace("no room")
+
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(NoSpace):
+            _open(tmp_path, archive, refuse)
+    assert len(os.listdir("/proc/self/fd")) == before
