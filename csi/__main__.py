@@ -125,7 +125,9 @@ def download_settings(config: Config) -> DownloadSettings:
 
     More transfers than processors to run them fetch no faster: they queue for the interpreter lock.
     """
-    transfer = TransferSettings(stall_timeout=config.stall_timeout, user_agent=USER_AGENT)
+    transfer = TransferSettings(
+        stall_timeout=config.stall_timeout, user_agent=USER_AGENT, ca_file=config.ca_file
+    )
     connections = min(config.connections, len(os.sched_getaffinity(0)) + 1)
     return DownloadSettings(connections=connections, transfer=transfer)
 

@@ -40,6 +40,8 @@ class TransferSettings:
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
     user_agent: str = "model-csi"
+    ca_file: Path | None = None
+    """Certificate authorities in PEM that a proxy with TLS may have, besides the system's."""
 
 
 class Connection:
@@ -144,6 +146,8 @@ class Connection:
         if proxy is None:
             # behind a proxy the other end is the proxy, which the administrator named
             curl.setopt(pycurl.PREREQFUNCTION, exchange.check_peer)
+        else:
+            self._trust_proxy()
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.TCP_KEEPALIVE, 1)
         curl.setopt(pycurl.BUFFERSIZE, _BUFFER_BYTES)
@@ -156,28 +160,37 @@ class Connection:
         curl.setopt(pycurl.WRITEFUNCTION, exchange.take_body)
 
     def _trust(self, trust: Trust) -> None:
-        """Trust the system's authorities and those of ``trust``, and show its certificate.
-
-        The wheels of pycurl bring a libcurl that does not know where this system keeps them.
-        """
-        curl, system = self._curl, ssl.get_default_verify_paths()
+        """Trust the system's authorities and those of ``trust``, and show its certificate."""
+        curl = self._curl
         curl.setopt(pycurl.SSL_VERIFYPEER, int(trust.verify))
         curl.setopt(pycurl.SSL_VERIFYHOST, 2 if trust.verify else 0)
-        if system.capath:
-            curl.setopt(pycurl.CAPATH, system.capath)
-        files = list(trust.ca_files)
-        if system.cafile:
-            files.append(system.cafile)
-        if len(files) == 1:
-            curl.setopt(pycurl.CAINFO, files[0])
-        elif files:
-            # libcurl takes one file, or the text of several
-            curl.setopt(pycurl.CAINFO_BLOB, b"\n".join(_content(file) for file in files))
+        self._authorities(trust.ca_files, pycurl.CAPATH, pycurl.CAINFO, pycurl.CAINFO_BLOB)
         if trust.client is not None:
             certificate, key = trust.client
             curl.setopt(pycurl.SSLCERT, certificate)
             curl.setopt(pycurl.SSLKEY, key)
             curl.setopt(pycurl.KEYPASSWD, "")
+
+    def _trust_proxy(self) -> None:
+        """Trust the system's authorities and our own for the proxy: nobody's word excepts it."""
+        files = (str(self._settings.ca_file),) if self._settings.ca_file else ()
+        options = pycurl.PROXY_CAPATH, pycurl.PROXY_CAINFO, pycurl.PROXY_CAINFO_BLOB
+        self._authorities(files, *options)
+
+    def _authorities(self, ours: tuple[str, ...], path: int, info: int, blob: int) -> None:
+        """Set libcurl's three options for the system's authorities and those in ``ours``.
+
+        The wheels of pycurl bring a libcurl that does not know where this system keeps them.
+        """
+        curl, system = self._curl, ssl.get_default_verify_paths()
+        if system.capath:
+            curl.setopt(path, system.capath)
+        files = [*ours, system.cafile] if system.cafile else list(ours)
+        if len(files) == 1:
+            curl.setopt(info, files[0])
+        elif files:
+            # libcurl takes one file, or the text of several
+            curl.setopt(blob, b"\n".join(_content(file) for file in files))
 
 
 def _content(file: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
@@ -253,6 +254,66 @@ def test_everything_goes_through_the_proxy_of_the_environment(
 
         assert len(forward.asked) == asked
         in_node(tmp_path / "refused", replace(settings, proxies=wrong), refused)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_proxy_with_tls_is_verified_by_the_systems_authorities_and_ours(
+    tmp_path: Path,
+    registry: RegistryServer,
+    named: TlsFiles,
+    tls: TlsFiles,
+    stranger: TlsFiles,
+    scheme: str,
+    trusted: bool,
+) -> None:
+    """Its certificate counts even where that of the registry does not."""
+    builder, files = weights(3 * PIECE)
+    builder.push(registry, "proxied/tls", "v1")
+    context = _server(named) if scheme == "https" else None
+    with (
+        serve_proxy(registry.address, context) as home,
+        serve_forward_proxy(tls=_server(tls if trusted else stranger)) as forward,
+    ):
+        host = f"registry.example:{home.address.rpartition(':')[2]}"
+        settings = replace(
+            SETTINGS,
+            proxies=Proxies.of_environment({"ALL_PROXY": f"https://{forward.address}"}),
+            plain_http=("registry.example",) if scheme == "http" else (),
+            insecure=("registry.example",) if scheme == "https" and not trusted else (),
+            ca_file=tls.ca,
+        )
+
+        async def work(node: Node) -> None:
+            if trusted:
+                assert shown(await node.pull(f"{host}/proxied/tls:v1")) == files
+                return
+            with pytest.raises(Unavailable, match="not trusted"):
+                await node.pull(f"{host}/proxied/tls:v1")
+
+        in_node(tmp_path / "root", settings, work)
+        assert home.counts.total == (3 * PIECE if trusted else 0)
+
+
+def test_bulk_bytes_go_to_no_proxy_that_they_cannot_verify(
+    registry: RegistryServer, tls: TlsFiles, stranger: TlsFiles
+) -> None:
+    data = b"some weights"
+    digest = registry.push_blob("proxied/verified", data)
+    host = f"registry.example:{registry.address.rpartition(':')[2]}"
+    hop = Hop(f"http://{host}/v2/proxied/verified/blobs/{digest}", (), Trust(verify=False))
+    for ca_file, works in ((tls.ca, True), (stranger.ca, False), (None, False)):
+        with serve_forward_proxy(tls=_server(tls)) as forward:
+            proxies = Proxies(http=f"https://{forward.address}")
+            access = BlobAccess(hop, Route(host, host, proxies=proxies))
+            settings = TransferSettings(connect_timeout=2, stall_timeout=2, ca_file=ca_file)
+            with contextlib.closing(Connection(settings)) as connection:
+                if works:
+                    assert _fetched(access, digest, len(data), connection) == data
+                else:
+                    with pytest.raises(Unavailable):
+                        _fetched(access, digest, len(data), connection)
+            assert len(forward.asked) == works
 
 
 def test_bulk_bytes_leave_a_host_of_no_proxy_alone(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 
@@ -26,16 +27,25 @@ class ForwardProxy(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 64
 
-    def __init__(self, authorization: str | None) -> None:
+    def __init__(self, authorization: str | None, tls: ssl.SSLContext | None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.authorization = authorization
         """The ``Proxy-Authorization`` without which nothing goes through."""
+        self._tls = tls
         self.asked: list[tuple[str, str]] = []
         """Method and goal of every request."""
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.server_address[1]}"
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, client = super().get_request()
+        if self._tls is None:
+            return connection, client
+        # the handshake is for the thread of the connection, with its first byte
+        tls = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return tls, client
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that end are nothing new."""
@@ -106,9 +116,11 @@ def _copy(source: socket.socket, goal: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def serve_forward_proxy(authorization: str | None = None) -> Iterator[ForwardProxy]:
-    """Run a forward proxy until the block is left."""
-    with ForwardProxy(authorization) as proxy:
+def serve_forward_proxy(
+    authorization: str | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[ForwardProxy]:
+    """Run a forward proxy until the block is left; with ``tls``, one that is spoken to in TLS."""
+    with ForwardProxy(authorization, tls) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:

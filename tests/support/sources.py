@@ -65,7 +65,9 @@ async def open_node(
     registry = Registry(settings)
     try:
         async with trio.open_nursery() as nursery:
-            jobs = Jobs(store, registry, downloads, nursery)
+            # as the driver composes them
+            transfer = replace(downloads.transfer, ca_file=settings.ca_file)
+            jobs = Jobs(store, registry, replace(downloads, transfer=transfer), nursery)
             yield Node(Pulls(store, registry, jobs, PullSettings(), nursery), registry)
             nursery.cancel_scope.cancel()
         jobs.close()
