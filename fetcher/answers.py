@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from fetcher.registry import BlobAccess
     from fetcher.routes import Hop
 
-_GATHER_BYTES: Final = 64 * 1024
-"""What is written at one time. The page cache is given out in folios of that size: larger ones come
-from memory that a hypervisor may have taken back, and cost several times as much to be written."""
-
+_GATHER_BYTES: Final = 256 * 1024
 _GATHER_SECONDS: Final = 0.005
 """What is gathered is lost to a kill: on a slow line it is not gathered for long."""
 _MAX_HEADER_BYTES: Final = 64 * 1024
