@@ -175,7 +175,9 @@ class Space:
         for name, size in measured.items():
             if name in self._holders:
                 self._written[name] = size
-        idle = {name: size for name, size in measured.items() if name not in worked_on}
+        # what was evicted since somebody looked is none of ours any more
+        recorded = self.holdings.get(measured.keys() - worked_on)
+        idle = {name: measured[name] for name in recorded}
         with contextlib.suppress(NoSpace):
             # the records keep what they have, which is more, until the disk takes better ones
             self.holdings.settle(idle)
