@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fetcher.artifacts import FileEntry, FolderEntry, HardLinkEntry, LinkEntry, Tree
-from fetcher.store.disk import finish_file, whole_folder
+from fetcher.store.disk import finish_file, sync_folder, whole_folder
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def build_tree(
     """
     grow(_own_bytes(tree))
     with whole_folder(folder, mode=0o755) as scratch:
+        folders: list[Path] = []
         for entry in tree.entries():
             if stop.is_set():
                 raise Stopped
@@ -67,12 +68,18 @@ def build_tree(
             match entry:
                 case FolderEntry():
                     place.mkdir(mode=0o755)
+                    folders.append(place)
                 case FileEntry():
                     _place_file(sources[entry.path], place, entry, grow)
                 case LinkEntry():
                     place.symlink_to(entry.target)
                 case HardLinkEntry():
                     place.hardlink_to(scratch / entry.target)
+        # the folder itself, and its new name, are synchronised when it gets that
+        for inner in reversed(folders):
+            if stop.is_set():
+                raise Stopped
+            sync_folder(inner)
     return measure_tree(tree)
 
 

@@ -1,0 +1,113 @@
+"""The store's space when something goes wrong, or happens at the same time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import trio
+
+from fetcher.modelpack import read_model
+from fetcher.ranges import Range
+from fetcher.store import Limits, Store
+from fetcher.store.collection import EVERYTHING as ALL
+from tests.support.models import ModelBuilder
+from tests.support.stores import (
+    CHUNK,
+    EVERYTHING,
+    MIB,
+    NO_FLOOR,
+    disk_bytes,
+    put_model,
+    weights,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    import pytest
+
+
+def in_store(
+    root: Path, work: Callable[[Store], Awaitable[None]], limits: Limits = NO_FLOOR
+) -> None:
+    """Run ``work`` with an open store, as a process that starts and ends."""
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            store = Store.open(root, CHUNK, limits)
+            try:
+                await work(store)
+            finally:
+                store.close()
+
+    trio.run(main)
+
+
+def test_what_is_evicted_while_it_is_measured_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = weights(4 * MIB)
+    model = read_model(builder.manifest())
+    [layer] = model.layers
+    half = builder.blobs[layer.descriptor.digest][: 2 * MIB]
+
+    async def work(store: Store) -> None:
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            partial = store.open_partial(layer)
+            partial.sink(Range(0, len(half)))(half)
+            partial.close()
+        measured, evicted = trio.Event(), threading.Event()
+        token, taken = trio.lowlevel.current_trio_token(), store.rooms.taken
+
+        def slowly(name: str, stop: threading.Event) -> int:
+            size = taken(name, stop)
+            token.run_sync_soon(measured.set)
+            evicted.wait()
+            return size
+
+        monkeypatch.setattr(store.rooms, "taken", slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.rooms.settle)
+            await measured.wait()
+            store.garbage.evict(store.garbage.plan(ALL))
+            await store.garbage.empty_trash()
+            evicted.set()
+        assert store.space.usage().contents == 0
+        assert store.space.usage().used == disk_bytes(store.root)
+
+    in_store(tmp_path / "root", work)
+
+
+# -- trees -----------------------------------------------------------------------------------------
+
+
+def test_the_folders_of_a_tree_are_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        sync(descriptor)
+
+    def renamed(source: str, target: str) -> None:
+        done.append("its name")
+        rename(source, target)
+
+    async def work(store: Store) -> None:
+        builder = ModelBuilder().add_raw("outer/inner/w", b"w").add_raw("other/v", b"v")
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "rename", renamed)
+        tree = await put_model(store, builder)
+        top = f"{tree.path.name}.new"
+        [*folders, last, name, parent] = done[-6:]
+        assert sorted(folders) == ["inner", "other", "outer"]
+        assert folders.index("inner") < folders.index("outer")
+        assert (last, name, parent) == (top, "its name", "sha256")
+
+    in_store(tmp_path / "root", work)
