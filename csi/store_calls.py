@@ -64,8 +64,12 @@ class StoreCalls:
             self._store.garbage.plan_removal(digest)
         removed: list[protocol.EvictedRow] = []
         for digest in digests:
-            # planned again: what two of them share goes with the last one
-            planned = self._store.garbage.plan_removal(digest)
+            try:
+                # planned again: what two of them share goes with the last one
+                planned = self._store.garbage.plan_removal(digest)
+            except NotFound:
+                # all that there was of it belonged to one of the others as well
+                continue
             removed.extend(self._rows(planned))
             self._store.garbage.evict(planned)
         await self._store.garbage.empty_trash()

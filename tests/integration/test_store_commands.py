@@ -140,6 +140,21 @@ def test_rm_removes_all_or_nothing(cli: ModelCsi, registry: RegistryServer) -> N
     assert listed(cli) == set()
 
 
+def test_rm_takes_a_model_whose_contents_all_went_with_another(
+    cli: ModelCsi, registry: RegistryServer
+) -> None:
+    data = os.urandom(MIB)
+    one = pulled(cli, registry, "with-one", ModelBuilder().add_raw("a", data))
+    begun = ModelBuilder().add_raw("a", data).add_raw("b", os.urandom(16 * MIB))
+    two = begun.push(registry, "commands/with-two", "v1")
+    assert cli.run("pull", two, "--max-size", "16MiB", "--json").error["code"] == "NoSpace"
+    done = cli.run("rm", one, two, "--json")
+    assert done.status == 0, done.errors
+    assert done.json["freed"] >= MIB
+    assert listed(cli) == set()
+    assert disk_bytes(cli.root / "blobs") + disk_bytes(cli.root / "trash") < MIB
+
+
 def test_commands_make_no_store(cli: ModelCsi) -> None:
     assert cli.run("gc", "--json").json["freed"] == 0
     assert cli.run("rm", "r.example.org/acme/m:v1", "--json").error["code"] == "NotFound"
