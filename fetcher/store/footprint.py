@@ -7,6 +7,7 @@ A *name* is a path relative to the root that stands for everything of one digest
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING, Final
@@ -173,6 +174,13 @@ def move(root: Path, name: str, to: str, found: Iterable[str]) -> None:
         except OSError:
             # a folder may need a block for one more entry, on a disk that has none
             remove(source)
+
+
+def rename(root: Path, name: str, to: str, found: Iterable[str]) -> None:
+    """Rename what has a name and one of the suffixes in ``found``. Raises :class:`OSError`."""
+    for suffix in found:
+        with contextlib.suppress(FileNotFoundError):
+            (root / f"{name}{suffix}").rename(root / f"{to}{suffix}")
 
 
 def remove(path: Path) -> None:

@@ -8,6 +8,7 @@ name in the trash, or files without a record, which are orphans (:mod:`fetcher.s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,7 @@ from fetcher.store.footprint import (
     content_of,
     move,
     remove,
+    rename,
     suffixes,
     tree_name,
     tree_of,
@@ -129,28 +131,63 @@ class Garbage:
 
     def evict(self, planned: Plan) -> None:
         """Take all of a plan out of the records and into the trash. Raises :class:`ModelError`."""
-        names = [victim.name for victim in planned.victims]
-        if not names:
+        if not planned.victims:
             return
-        tokens = {name: _token() for name in names}
+        tokens = {victim.name: _token() for victim in planned.victims}
         try:
             self._forget(tokens)
         except NoSpace:
             # the records cannot be written for lack of the very space that this gives back
-            for name in names:
-                self._remove(name)
-            self._forget(tokens)
+            gone = self._remove_first(planned, tokens)
+            self._forget(gone)
+            if len(gone) < len(tokens):
+                raise
         for name, token in tokens.items():
             self._move(name, token, suffixes(name))
-        trees = [name for name in names if name.startswith(f"{MODELS}/")]
+        trees = [name for name in tokens if name.startswith(f"{MODELS}/")]
         shown = ", ".join(trees[:_SHOWN]) + (", …" if len(trees) > _SHOWN else "")
         logger.info(
             "evicted %d bytes: %d trees, %d contents%s",
             planned.bytes,
             len(trees),
-            len(names) - len(trees),
+            len(tokens) - len(trees),
             f" ({shown})" if shown else "",
         )
+
+    def _remove_first(self, planned: Plan, tokens: dict[str, str]) -> dict[str, str]:
+        """Remove what goes before its rows do; gives that.
+
+        Whole, by a rename, so that a kill never leaves the half of it under its name; one by one,
+        so that the trash needs no block for its names. What cannot be renamed stays, and with a
+        tree the contents that it is made of.
+        """
+        gone: dict[str, str] = {}
+        staying: set[str] = set()
+        for victim in planned.victims:
+            name, token = victim.name, tokens[victim.name]
+            if name in staying:
+                continue
+            try:
+                rename(self._root, name, token, suffixes(name))
+            except OSError:
+                staying.update(victim.contents if isinstance(victim, HeldTree) else ())
+                continue
+            gone[name] = token
+            with contextlib.suppress(OSError):
+                # it is in the trash: if it cannot be removed now, then later
+                for suffix in suffixes(name):
+                    remove(self._root / f"{token}{suffix}")
+        return gone
+
+    def forget_missing(self, names: Iterable[str]) -> None:
+        """Forget contents and trees that somebody removed by hand, or a kill from under them.
+
+        Not those that have come back since somebody looked.
+        """
+        names = frozenset(names) - self._space.holding()
+        names -= self._holdings.get(names).keys()
+        if names:
+            self._forget({name: _token() for name in names})
 
     def _forget(self, tokens: dict[str, str]) -> None:
         staying = {digest for digest, _ in self.pinned()}
@@ -175,13 +212,6 @@ class Garbage:
     def _move(self, name: str, token: str, found: Iterable[str]) -> None:
         try:
             move(self._root, name, token, found)
-        except OSError as error:
-            raise disk_error(error, self._root / name) from error
-
-    def _remove(self, name: str) -> None:
-        try:
-            for suffix in suffixes(name):
-                remove(self._root / f"{name}{suffix}")
         except OSError as error:
             raise disk_error(error, self._root / name) from error
 

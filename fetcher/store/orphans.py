@@ -89,8 +89,9 @@ class Orphans:
         if trash:
             await run_stoppable(lambda stop: self._garbage.remove_trash(trash, stop))
         await self._garbage.empty_trash()
-        gone = await self._gone()
-        await self._rooms.settle([*gone, *(one.name for one in found if one.name not in trash)])
+        missing = await self._missing()
+        await self._rooms.settle([*missing, *(one.name for one in found if one.name not in trash)])
+        self._garbage.forget_missing(missing)
 
     def _settle(self, orphan: Orphan, measured: _Measured) -> None:
         word = "adopted" if orphan.adopted else "released"
@@ -104,12 +105,14 @@ class Orphans:
             self._catalog.add_model(*tree, measured.size, measured.files)
         self._space.holdings.settle({orphan.name: measured.bytes})
 
-    async def _gone(self) -> list[str]:
+    async def _missing(self) -> set[str]:
         """Names in the records of which nothing is there, as somebody removed it by hand."""
         listed = await run_stoppable(lambda _: _listed(self._space.root))
         holdings = self._space.holdings
-        names = [holding.name for kind in (BLOBS, MODELS) for holding in holdings.below(kind)]
-        return [name for name in names if name not in listed]
+        names = {holding.name for kind in (BLOBS, MODELS) for holding in holdings.below(kind)}
+        names.update(content_name(digest) for digest in self._catalog.blobs())
+        names.update(tree_name(digest, key) for digest, key, _ in self._catalog.trees())
+        return names - listed.keys()
 
     async def _find(self) -> dict[Orphan, _Measured]:
         root = self._space.root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -66,6 +67,7 @@ async def assert_in_order(store: Store) -> None:
         assert selection == ""
         tree = store.tree(digest, EVERYTHING)
         assert tree is not None
+        assert len(list(tree.path.iterdir())) == tree.files
         for file in tree.path.iterdir():
             assert file.stat().st_size == CHUNK
             assert file.stat().st_nlink == 2
@@ -126,6 +128,40 @@ def test_an_eviction_may_be_killed_at_each_of_its_steps(tmp_path: Path) -> None:
         await assert_in_order(store)
 
     assert kill_at_every_step(tmp_path, prepare, evict, after) > 15
+
+
+def records_full_until_something_is_removed() -> None:
+    """For a process of its own: no file can be written before one is removed."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+
+    def audit(event: str, _: object) -> None:
+        if event == "os.remove":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    sys.addaudithook(audit)
+
+
+def test_an_eviction_that_cannot_be_recorded_may_be_killed_at_each_of_its_steps(
+    tmp_path: Path,
+) -> None:
+    old, other = weights(CHUNK, CHUNK, CHUNK), weights(CHUNK)
+
+    async def prepare(store: Store) -> None:
+        for builder in (old, other):
+            await put_model(store, builder)
+
+    async def evict(store: Store) -> None:
+        records_full_until_something_is_removed()
+        store.garbage.evict(store.garbage.plan(ALL))
+        await store.garbage.empty_trash()
+
+    async def after(store: Store) -> None:
+        for builder in (old, other):
+            await put_model(store, builder)
+        await assert_in_order(store)
+
+    assert kill_at_every_step(tmp_path, prepare, evict, after) > 25
 
 
 def test_a_pull_that_makes_room_may_be_killed_at_each_of_its_steps(tmp_path: Path) -> None:
