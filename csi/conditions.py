@@ -58,10 +58,17 @@ def shows(mount: Mount, record: VolumeRecord, models_folder: Path) -> bool:
     """
     if not mount.locked or mount.deleted or not binds_in_one_step():
         return False
-    return any(
-        tree.whole and (str(tree.model), tree.selection) == (record.model, record.selection)
-        for tree in mounted_trees(mount_table(), models_folder, (mount,))
+    tree = whole_tree(mount, models_folder)
+    return tree is not None and (str(tree.model), tree.selection) == (
+        record.model,
+        record.selection,
     )
+
+
+def whole_tree(mount: Mount, models_folder: Path) -> MountedTree | None:
+    """The tree that ``mount`` shows; None if it shows something within one, or something else."""
+    trees = mounted_trees(mount_table(), models_folder, (mount,))
+    return next((tree for tree in trees if tree.whole), None)
 
 
 def problem(record: VolumeRecord) -> str | None:

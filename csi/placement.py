@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from csi import targets
-from csi.conditions import shows
+from csi.conditions import shows, whole_tree
 from csi.mount_table import mount_at, mount_table, shows_below
 from csi.mounts import bind_read_only, unmount
 from csi.state import VolumeState
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from csi.mount_table import Mount
+    from csi.pins import MountedTree
     from csi.state import VolumeRecord, VolumeRecords
     from fetcher.store import ModelTree
 
@@ -86,6 +87,10 @@ class Placement:
         if record is not None and record.origin == mount.origin:
             return True
         return shows_below(mount_table(), mount, self.models_folder)
+
+    def tree_of(self, mount: Mount) -> MountedTree | None:
+        """The tree of the store that ``mount`` shows, if it shows a whole one."""
+        return whole_tree(mount, self.models_folder)
 
     def _ours(self, record: VolumeRecord | None) -> Callable[[Mount], bool]:
         return lambda mount: self.is_ours(mount, record)

@@ -145,11 +145,21 @@ class Volumes:
         _check_mode(request.attributes.mode)
         request = replace(request, target=await targets.locate(request.target))
         with self._turns.take(request.volume_id, request.target) as turn, turn.interruptibly():
+            known = bool(self._records.of_target(request.target))
             previous = self._agreeing_record(request)
             if previous is not None and is_shown(previous):
                 return
             found = await self._check_target(request.target, previous)
-            resolved = await self._resolve(request, previous)
+            try:
+                if found is not None and not known:
+                    resolved = await self._resolve_shown(request, found)
+                else:
+                    resolved = await self._resolve(request, previous)
+            except ModelError as error:
+                if not error.transient:
+                    # refused now: what an earlier call began must not go on in its name
+                    self._pulls.release(_holder(request.volume_id, request.target))
+                raise
             record = self._begin(request, resolved, previous)
             try:
                 tree = await self._pull(resolved, request, deadline)
@@ -216,6 +226,30 @@ class Volumes:
         return await self._pulls.resolve(
             attributes.reference, request.keychain, attributes.pull_policy
         )
+
+    async def _resolve_shown(self, request: PublishRequest, found: Mount) -> Resolved:
+        """What the volume shows already, by a call whose record was lost.
+
+        A pod may read it, so it stays whatever the tag names now, and though the registry does not
+        have it any more (:class:`NotFound`). Raises :class:`Conflict` where it cannot be what the
+        volume's attributes ask for.
+        """
+        attributes, tree = request.attributes, self._placement.tree_of(found)
+        if tree is None:
+            return await self._resolve(request, None)
+        self._pulls.check(attributes.reference)
+        reference = attributes.reference
+        if reference.digest is None:
+            reference = reference.with_digest(tree.model)
+        resolved = await self._pulls.resolve(reference, request.keychain, attributes.pull_policy)
+        wanted = resolved.model.digest, attributes.selection.key
+        if wanted != (tree.model, tree.selection):
+            raise Conflict(
+                f"{request.target} shows files of model {tree.model.short} that volume "
+                f"{request.volume_id} does not ask for, and its record was lost: it stays as it is",
+                volume=request.volume_id,
+            )
+        return resolved
 
     def _begin(
         self, request: PublishRequest, resolved: Resolved, previous: VolumeRecord | None

@@ -12,9 +12,9 @@ from csi.mount_table import mount_at
 from csi.mounts import bind_read_only, binds_in_one_step
 from csi.pins import MountedTree
 from csi.state import VolumeState
-from fetcher.errors import InProgress, Unavailable
+from fetcher.errors import Conflict, InProgress, NotFound, Unavailable
 from fetcher.modelpack import Selection
-from fetcher.oci import Digest
+from fetcher.oci import Digest, Reference
 from tests.support.kills import Killing, killing
 from tests.support.mounts import mount_bind, mounts_below, remount_writable, umount
 from tests.support.node import MODEL, Node, assert_consistent, running_node
@@ -190,6 +190,61 @@ def test_a_publish_that_fails_leaves_the_mount_that_it_found(lost: bool, node: N
         node.pulls.failure = None
         await node.publish()
         assert_consistent(node)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_mount_of_a_lost_state_stays_though_the_tag_moved(restarted: bool, node: Node) -> None:
+    """A pod reads it: the model is the volume's, also for a start in the middle of a publish."""
+
+    async def main() -> None:
+        await node.publish()
+        record, mount = node.record(), mount_at(node.target())
+        assert record is not None
+        node.lose_state()
+        node.pulls.tags[f"{MODEL}:moved"] = b"one"
+        node.pulls.tags[f"{MODEL}:v1"] = b"two"
+        node.pulls.hold()
+        with pytest.raises(InProgress):
+            await node.publish(wait=0)
+        assert mount_at(node.target()) == mount
+        if restarted:
+            node.restart()
+            await node.volumes.reconcile()
+            assert_consistent(node)
+        node.pulls.arrived.set()
+        await node.publish()
+        assert mount_at(node.target()) == mount
+        found = node.record()
+        assert found is not None
+        assert (found.state, found.model) == (VolumeState.PUBLISHED, record.model)
+        await node.unpublish()
+        node.assert_nothing_left()
+
+    trio.run(main)
+
+
+def test_a_mount_of_a_lost_state_stays_though_it_is_not_what_is_asked_for(node: Node) -> None:
+    async def main() -> None:
+        await node.publish()
+        mount = mount_at(node.target())
+        node.lose_state()
+        node.pulls.tags[f"{MODEL}:other"] = b"two"
+        other = Reference.parse(f"{MODEL}@{Digest.of(b'two')}")
+        for changes in ({"selection": Selection(exclude_weights=True)}, {"reference": other}):
+            with pytest.raises(Conflict, match="its record was lost"):
+                await node.publish(**changes)
+        # the registry has it no more, and the tag is of another one
+        node.pulls.gone.add(ONE)
+        node.pulls.tags[f"{MODEL}:v1"] = b"two"
+        with pytest.raises(NotFound):
+            await node.publish()
+        assert node.volumes.list() == []
+        assert mount_at(node.target()) == mount
+        await node.unpublish()
+        await node.publish()
+        assert (node.target() / "model.txt").read_bytes() == b"two"
 
     trio.run(main)
 
