@@ -1,4 +1,4 @@
-"""Timing whole commands, on a machine that is quiet and whose memory is in use."""
+"""Timing whole commands while the machine does nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,10 +24,6 @@ _QUIET: Final = 0.08
 _DISTURBED: Final = 0.20
 """The part that others may use during a run; the kernel's own threads count as others."""
 _TRIES: Final = 3
-
-_FILL_BYTES: Final = 4 * MIB
-_FILL_ROUNDS: Final = 3
-_LEFT_FREE: Final = 192 * MIB
 
 
 @dataclass(frozen=True)
@@ -111,45 +107,3 @@ def _busy_seconds() -> float:
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, fields)
     return (user + nice + system + interrupts + soft_interrupts + stolen) / _TICKS
-
-
-class UsedMemory:
-    """Keeps the page cache full, as it is on a node in use.
-
-    On a virtual machine memory that nobody uses may have gone back to the hypervisor; what a
-    command writes into it first would measure how fast it comes back: here 2 s for each GiB,
-    against 0.25 s. So what is free is filled with the cached pages of an empty file, which the
-    kernel then takes back first.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "filler"
-        self._size = _memory("MemTotal") + 4096 * MIB
-        self._offset = 0
-        self._buffer = memoryview(bytearray(_FILL_BYTES))
-        self._file = -1
-
-    def __enter__(self) -> Self:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(self._file, self._size)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-        self._path.unlink()
-
-    def fill(self) -> None:
-        """Fill what is free now."""
-        for _ in range(_FILL_ROUNDS):
-            # the kernel keeps some free and takes more back at a time: one look is not enough
-            for _ in range(0, _memory("MemFree") - _LEFT_FREE, _FILL_BYTES):
-                os.preadv(self._file, [self._buffer], self._offset)
-                self._offset = (self._offset + _FILL_BYTES) % self._size
-
-
-def _memory(name: str) -> int:
-    """A figure of the kernel's, in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from fetcher.modelpack import Packing
 from tests.bench.contenders import ORAS, OURS, THEIRS
-from tests.bench.measure import MIB, UsedMemory, median, timed, undisturbed
+from tests.bench.measure import MIB, median, timed, undisturbed
 from tests.bench.models import Case, push
 from tests.support.registry import make_tls, serve_registry
 
@@ -85,13 +85,13 @@ class Bench:
     """Runs cases below one folder."""
 
     def __init__(
-        self, folder: Path, theirs: Sequence[Contender], runs: int, memory: UsedMemory | None
+        self, folder: Path, theirs: Sequence[Contender], runs: int, *, quietly: bool
     ) -> None:
-        """``memory`` is filled before each run; without it the machine is taken as it is."""
+        """``quietly`` waits for the machine to be quiet before each run."""
         self._folder = folder
         self._contenders = (OURS, *theirs)
         self._runs = runs
-        self._memory = memory
+        self._quietly = quietly
 
     def measure(self, case: Case) -> Outcome:
         """Run every contender several times, in turn."""
@@ -105,22 +105,15 @@ class Bench:
             for _ in range(self._runs):
                 for one in self._contenders:
                     attempt = functools.partial(self._run, one, model)
-                    found[one.name].append(undisturbed(attempt) if self._memory else attempt())
+                    found[one.name].append(undisturbed(attempt) if self._quietly else attempt())
             alone = self._alone(model)
         return Outcome(case, found, alone)
 
     def _run(self, contender: Contender, model: Pushed) -> Run:
         with _emptied(self._folder / "pulled") as folder:
-            command = contender.command(model, folder)
-            self._fill()
-            return timed(command, model.registry.pid)
-
-    def _fill(self) -> None:
-        if self._memory:
-            self._memory.fill()
+            return timed(contender.command(model, folder), model.registry.pid)
 
     def _alone(self, model: Pushed) -> Alone:
-        self._fill()
         return Alone(
             _hash_seconds(model),
             _copy_seconds(self._folder, model.case.size),
@@ -243,21 +236,15 @@ def main() -> None:
     parser.add_argument("--case", type=_case, action="append", help=_case.__doc__)
     parser.add_argument("--against", default=",".join(one.name for one in THEIRS))
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument(
-        "--as-it-is",
-        action="store_true",
-        help="neither wait until the machine is quiet nor fill its memory",
-    )
+    parser.add_argument("--as-it-is", action="store_true", help="do not wait for a quiet machine")
     arguments = parser.parse_args()
     cases = arguments.case or (_ALL if arguments.all else _QUICK)
     theirs = [one for one in THEIRS if one.name in arguments.against.split(",")]
     if any(one.name == "oras" for one in theirs) and not ORAS.exists():
         parser.error(f"{ORAS} is not built: run 'make {ORAS}', or leave oras out of --against")
     outcomes = []
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-pull-")))
-        memory = None if arguments.as_it_is else stack.enter_context(UsedMemory(folder))
-        bench = Bench(folder, theirs, arguments.runs, memory)
+    with tempfile.TemporaryDirectory(prefix="bench-pull-") as folder:
+        bench = Bench(Path(folder), theirs, arguments.runs, quietly=not arguments.as_it_is)
         for case in cases:
             outcomes.append(bench.measure(case))
             print("\n".join([*comparison(outcomes[-1:]), *costs(outcomes[-1:])]), flush=True)

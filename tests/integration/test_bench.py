@@ -19,7 +19,7 @@ def _run(program: str, *arguments: str) -> str:
 
 
 def test_pulls_are_compared() -> None:
-    # without oras, which is not built for the tests; quiet and used memory are for real figures
+    # without oras, which is not built for the tests; a quiet machine is for real figures
     output = _run(
         "pull",
         *("--runs", "1", "--as-it-is", "--against", "skopeo,curl"),
