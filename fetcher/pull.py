@@ -207,7 +207,8 @@ class Pulls:
             logger.warning("%s; looking into the store", error.message)
             return self._recall(reference, keychain, proof, error)
         model = read_model(manifest)
-        self._store.rooms.check_records(len(manifest.body))
+        if self._store.catalog.manifest(top) is None:
+            await self._store.rooms.check_records(len(manifest.body))
         self._store.catalog.add_resolution(reference, top, manifest, proof)
         return Resolved(reference.with_digest(top), model, keychain)
 

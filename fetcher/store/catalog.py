@@ -205,7 +205,10 @@ class Catalog:
         now = time.time()
         with self._database.transaction() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO manifests VALUES (?, ?, ?, ?)",
+                # what is here is not written again: for that nobody asked whether there is room
+                "INSERT INTO manifests VALUES (?, ?, ?, ?) ON CONFLICT (top) DO UPDATE "
+                "SET digest = excluded.digest, media_type = excluded.media_type, "
+                "body = excluded.body WHERE digest != excluded.digest OR body != excluded.body",
                 (str(top), str(manifest.digest), manifest.media_type, manifest.body),
             )
             connection.execute(

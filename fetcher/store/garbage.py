@@ -37,8 +37,9 @@ from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
+    from fetcher.errors import ModelError
     from fetcher.oci import Digest
     from fetcher.store.catalog import Catalog
     from fetcher.store.database import Database
@@ -222,15 +223,30 @@ class Garbage:
         return frozenset(holding.name for holding in self._holdings.below(TRASH))
 
     async def empty_trash(self) -> None:
-        """Remove what was evicted, in a thread. Raises :class:`ModelError`."""
+        """Remove what was evicted, in a thread. What cannot be removed takes room until it can.
+
+        Raises :class:`ModelError`.
+        """
         names = self.trash()
         if names:
-            await run_stoppable(lambda stop: self.remove_trash(names, stop))
-            self._holdings.forget(names)
+            failures = await run_stoppable(lambda stop: self.remove_trash(names, stop))
+            self.removed_trash(names, failures)
 
-    def remove_trash(self, names: Collection[str], stop: threading.Event) -> None:
-        """Remove the files of these names of the trash; for a worker thread."""
-        self._trash.empty(names.__contains__, stop)
+    def remove_trash(self, names: Collection[str], stop: threading.Event) -> dict[str, ModelError]:
+        """Remove the files of these names of the trash; gives those that stay, and why.
+
+        For a worker thread; then comes :meth:`removed_trash`. Raises :class:`ModelError`.
+        """
+        return self._trash.empty(names.__contains__, stop)
+
+    def removed_trash(self, names: Collection[str], failures: Mapping[str, ModelError]) -> None:
+        """Forget names of the trash whose files are gone, and count those that stay as taken."""
+        for name in failures.keys() - self._space.stuck:
+            logger.warning("what was evicted cannot be removed: %s", failures[name].message)
+        gone = [name for name in names if name not in failures]
+        self._space.stuck.update(failures)
+        self._space.stuck.difference_update(gone)
+        self._holdings.forget(gone)
 
     # -- one model ---------------------------------------------------------------------------------
 

@@ -87,7 +87,10 @@ class Orphans:
             if orphan.name not in trash:
                 self._settle(orphan, measured)
         if trash:
-            await run_stoppable(lambda stop: self._garbage.remove_trash(trash, stop))
+            failures = await run_stoppable(lambda stop: self._garbage.remove_trash(trash, stop))
+            sizes = {one.name: measured.bytes for one, measured in found.items()}
+            self._space.holdings.settle({name: sizes[name] for name in failures})
+            self._garbage.removed_trash(trash, failures)
         await self._garbage.empty_trash()
         missing = await self._missing()
         await self._rooms.settle([*missing, *(one.name for one in found if one.name not in trash)])

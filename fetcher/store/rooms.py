@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -23,6 +24,7 @@ from fetcher.threads import Stopped, run_stoppable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from fetcher.errors import ModelError
     from fetcher.modelpack import Layer
     from fetcher.store.garbage import Garbage
     from fetcher.store.space import Shortage, Space
@@ -101,22 +103,21 @@ class Room:
             self._left -= count
 
     def _granted(self, count: int) -> int:
-        rooms, name = self._rooms, self._name
+        rooms, name, stop = self._rooms, self._name, threading.Event()
         granted = self._call(lambda: rooms.grant(name, count, evicting=False))
-        if granted is not None:
-            return granted
-        # others may have written much of what they reserved since somebody looked
-        held = self._call(rooms.unsettled)
-        stop = threading.Event()
-        measured = {one: rooms.taken(one, stop) for one in held}
-        self._call(lambda: rooms.written(measured))
-        granted = self._call(lambda: rooms.grant(name, count, evicting=True))
+        if granted is None:
+            # others may have written much of what they reserved since somebody looked
+            held = self._call(rooms.unsettled)
+            measured = {one: rooms.taken(one, stop) for one in held}
+            self._call(lambda: rooms.written(measured))
+            granted = self._call(lambda: rooms.grant(name, count, evicting=True))
         if granted is None:
             raise ValueError("a grant that may evict either gives or raises")
-        trash = self._call(rooms.trash)
-        if trash:
-            rooms.remove_trash(trash, stop)
-            self._call(lambda: rooms.removed_trash(trash))
+        # whoever evicted it, it was counted as room, and its bytes are still there
+        going = self._call(rooms.going)
+        while going:
+            failures = rooms.remove_trash(going, stop)
+            going = self._call(partial(rooms.removed_trash, name, going, failures))
         return granted
 
     def _call(self, work: Callable[[], T]) -> T:
@@ -163,7 +164,10 @@ class Rooms:
         self._make_room(what, claims)
         # what others claimed for the same content has been given to their threads, or will be
         self._spare.update((name, needs[name].spare) for name in fresh)
-        await self._garbage.empty_trash()
+        going = self.going()
+        while going:
+            await self._garbage.empty_trash()
+            going = self._evict_instead(what, claims, going)
 
     def _make_room(self, what: str, claims: Mapping[str, int]) -> None:
         """Evict what is needed and claim; no checkpoint."""
@@ -180,6 +184,21 @@ class Rooms:
                 advice = f"; evicting all that is not in use would give {bytes_text(plan.bytes)}"
             raise shortage.error(f"{what} does not fit", advice)
         self._garbage.evict(plan)
+
+    def _evict_instead(
+        self, what: str, claims: Mapping[str, int], counted_on: frozenset[str]
+    ) -> frozenset[str]:
+        """Make room again for what was claimed, where trash that it counted on stays.
+
+        Gives what is going to be removed for it.
+        """
+        if self._space.stuck.isdisjoint(counted_on):
+            return frozenset()
+        shortage = self._space.overdrawn(claims)
+        if shortage is None:
+            return frozenset()
+        self._evict(what, shortage)
+        return self.going()
 
     async def settle(self, also: Iterable[str] = ()) -> None:
         """Measure what is promised, in a thread: what is worked on as written so far, the rest for
@@ -203,22 +222,25 @@ class Rooms:
         except OSError as error:
             raise disk_error(error, self.root / name) from error
 
-    def check_records(self, size: int) -> None:
+    async def check_records(self, size: int) -> None:
         """Raise :class:`NoSpace` unless so many bytes more fit into the records.
 
         What the records need from day to day is kept free by every reservation; a manifest may be
-        larger than that.
+        larger than that. Waits for the trash to be removed where it fits only then.
         """
-        left = self._space.left()
         # it is written to the log first, and from there to the database
-        if left is not None and 2 * size + _KEPT_FOR_RECORDS > left:
-            raise NoSpace(
-                f"a manifest of {bytes_text(size)} does not fit below {self.root}, where "
-                f"{bytes_text(max(left, 0))} are left of what max-size allows",
-                needed=2 * size,
-                free=max(left, 0),
-                limit=self._space.limits.max_size,
-            )
+        needed = 2 * size + _KEPT_FOR_RECORDS
+        while (left := self._space.left()) is not None and needed > left:
+            left = max(left + self._space.totals()[1], 0)
+            if needed > left:
+                raise NoSpace(
+                    f"a manifest of {bytes_text(size)} does not fit below {self.root}, where "
+                    f"{bytes_text(left)} are left of what max-size allows",
+                    needed=2 * size,
+                    free=left,
+                    limit=self._space.limits.max_size,
+                )
+            await self._garbage.empty_trash()
 
     # -- growing -----------------------------------------------------------------------------------
 
@@ -245,8 +267,7 @@ class Rooms:
         self._spare[name] = spare
         if not evicting:
             return None
-        what = f"{name}, which takes more than was known before,"
-        self._make_room(what, {name: recorded + count - spare})
+        self._make_room(_grown(name), {name: recorded + count - spare})
         del self._spare[name]
         return count
 
@@ -259,14 +280,24 @@ class Rooms:
         """Take what a thread measured of what is written to."""
         self._space.believe(measured, set(measured))
 
-    def trash(self) -> frozenset[str]:
-        """Names in the trash."""
-        return self._garbage.trash()
+    def going(self) -> frozenset[str]:
+        """Names in the trash that are about to be removed, and count as gone."""
+        return self._garbage.trash() - self._space.stuck
 
-    def remove_trash(self, names: frozenset[str], stop: threading.Event) -> None:
+    def remove_trash(self, names: frozenset[str], stop: threading.Event) -> dict[str, ModelError]:
         """Remove the files of names in the trash; for a worker thread."""
-        self._garbage.remove_trash(names, stop)
+        return self._garbage.remove_trash(names, stop)
 
-    def removed_trash(self, names: frozenset[str]) -> None:
-        """Forget names of the trash whose files are gone."""
-        self._space.holdings.forget(names)
+    def removed_trash(
+        self, name: str, names: frozenset[str], failures: Mapping[str, ModelError]
+    ) -> frozenset[str]:
+        """Take what a thread removed for ``name``; gives what has to be removed in the place of
+        what stays. Raises :class:`NoSpace`.
+        """
+        self._garbage.removed_trash(names, failures)
+        return self._evict_instead(_grown(name), self._space.holdings.get([name]), names)
+
+
+def _grown(name: str) -> str:
+    """What grows, in errors."""
+    return f"{name}, which takes more than was known before,"

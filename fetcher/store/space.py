@@ -129,6 +129,8 @@ class Space:
         self._written: dict[str, int] = {}
         """Of what is held: bytes that were on the disk when somebody looked."""
         self._watchers: list[set[str]] = []
+        self.stuck: set[str] = set()
+        """Names in the trash that could not be removed: they take room like what stays."""
 
     # -- what is worked on -------------------------------------------------------------------------
 
@@ -194,6 +196,16 @@ class Space:
         needed = sum(max(size - recorded.get(name, 0), 0) for name, size in claims.items())
         if not needed:
             return None
+        return self._worst(needed, claims)
+
+    def overdrawn(self, claims: Mapping[str, int]) -> Shortage | None:
+        """What is missing for claims that were made: part of the trash that they counted on stays.
+
+        None if they fit all the same.
+        """
+        return self._worst(0, claims)
+
+    def _worst(self, needed: int, claims: Mapping[str, int]) -> Shortage | None:
         found = [self._below_floor(needed, claims)]
         if self.limits.max_size is not None:
             found.append(self._below_cap(needed, self.limits.max_size))
@@ -201,11 +213,12 @@ class Space:
         return worst if worst.bytes > 0 else None
 
     def _below_cap(self, needed: int, cap: int) -> Shortage:
-        taken = self.holdings.total()[0] + self._overhead()
+        taken = self.totals()[0] + self._overhead()
         free = max(cap - taken, 0)
+        missing = taken + needed - cap
         return Shortage(
-            bytes=taken + needed - cap,
-            message=f"it needs {bytes_text(needed)} more below {self.root}, where "
+            bytes=missing,
+            message=f"it needs {bytes_text(needed or missing)} more below {self.root}, where "
             f"{bytes_text(free)} are left of the {bytes_text(cap)} that max-size allows",
             needed=needed,
             free=free,
@@ -216,11 +229,12 @@ class Space:
         disk = Disk.of(self.root)
         recorded = self.holdings.get(self._claimed.union(claims))
         promised = self._promised({**recorded, **_larger(claims, recorded)})
-        room = disk.free + self.holdings.total()[1] - self.limits.min_free
+        room = disk.free + self.totals()[1] - self.limits.min_free
         free = max(room - (promised - needed), 0)
+        missing = promised - room
         return Shortage(
-            bytes=promised - room,
-            message=f"it needs {bytes_text(needed)} more below {self.root}, where "
+            bytes=missing,
+            message=f"it needs {bytes_text(needed or missing)} more below {self.root}, where "
             f"{bytes_text(free)} are left: {bytes_text(disk.free)} are free on the disk, "
             f"{bytes_text(promised - needed)} of them reserved, and min-free keeps "
             f"{bytes_text(self.limits.min_free)}",
@@ -268,15 +282,23 @@ class Space:
         return name in self._claimed
 
     def left(self) -> int | None:
-        """Bytes that nobody has or was promised below the cap; None without a cap."""
+        """Bytes that nobody has or was promised below the cap, though all of the trash were still
+        there; None without a cap.
+        """
         if self.limits.max_size is None:
             return None
-        return self.limits.max_size - sum(self.holdings.total()) - self._records()
+        return self.limits.max_size - sum(self.totals()) - self._records()
+
+    def totals(self) -> tuple[int, int]:
+        """Bytes of what stays, and of what is about to be removed."""
+        staying, trash = self.holdings.total()
+        stuck = sum(self.holdings.get(self.stuck).values())
+        return staying + stuck, trash - stuck
 
     def excess(self) -> int:
         """Bytes to evict by the watermarks and the floor; not positive while there is enough."""
         limits, disk = self.limits, Disk.of(self.root)
-        total, trash = self.holdings.total()
+        total, trash = self.totals()
         if limits.max_size is None:
             taken, base = disk.capacity - disk.free - trash, disk.capacity
         else:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from fetcher.errors import ModelError
+
 _STOP_SECONDS: Final = 0.2
 
 
@@ -28,21 +30,28 @@ class Trash:
         self._root = root
         self._lock = threading.Lock()
 
-    def empty(self, wanted: Callable[[str], bool], stop: threading.Event) -> None:
-        """Remove what has a name that is ``wanted``.
+    def empty(self, wanted: Callable[[str], bool], stop: threading.Event) -> dict[str, ModelError]:
+        """Remove what has a name that is ``wanted``; gives what cannot be removed, and why.
 
-        When it returns, all of that is gone, whoever removed it. Raises :class:`ModelError` for
-        what cannot be removed, and :class:`fetcher.threads.Stopped`.
+        When it returns, all else of that is gone, whoever removed it. Raises :class:`ModelError`
+        when the folder cannot be read, and :class:`fetcher.threads.Stopped`.
         """
+        failures: dict[str, ModelError] = {}
         with self._turn(stop):
             try:
-                for name, found in listing(self._root, TRASH).items():
-                    for suffix in found if wanted(name) else ():
-                        if stop.is_set():
-                            raise Stopped
-                        remove(self._root / f"{name}{suffix}")
+                listed = listing(self._root, TRASH)
             except OSError as error:
                 raise disk_error(error, self._root / TRASH) from error
+            for name, found in listed.items():
+                for suffix in found if wanted(name) else ():
+                    if stop.is_set():
+                        raise Stopped
+                    path = self._root / f"{name}{suffix}"
+                    try:
+                        remove(path)
+                    except OSError as error:
+                        failures[name] = disk_error(error, path)
+        return failures
 
     @contextlib.contextmanager
     def _turn(self, stop: threading.Event) -> Iterator[None]:

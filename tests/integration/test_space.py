@@ -264,6 +264,27 @@ def test_a_stopped_pull_gives_back_what_it_did_not_use(
         proxy.faults.stall.set()
 
 
+def test_what_is_here_is_given_though_the_cap_was_lowered_below_it(
+    tmp_path: Path, registry: RegistryServer
+) -> None:
+    builder = weights(6 * MIB)
+    reference = builder.push(registry, "capped/lowered", "v1")
+    other = weights(CHUNK).push(registry, "capped/other", "v1")
+
+    async def first(pulls: Pulls, _: Store) -> None:
+        await pull(pulls, reference)
+
+    async def lowered(pulls: Pulls, store: Store) -> None:
+        store.garbage.pin(lambda: {(builder.digest, "")})
+        tree = await pull(pulls, reference)
+        assert shown(tree) == layers(builder)
+        with pytest.raises(NoSpace):
+            await pull(pulls, other)
+
+    in_node(tmp_path / "root", NO_FLOOR, first)
+    in_node(tmp_path / "root", Limits(max_size=4 * MIB, min_free=0), lowered)
+
+
 # -- a disk ----------------------------------------------------------------------------------------
 
 

@@ -275,9 +275,9 @@ def test_a_large_manifest_does_not_pass_the_cap(tmp_path: Path) -> None:
         first = read_model(weights(10 * MIB).manifest())
         with store.held(first, EVERYTHING):
             await store.reserve("r/first:v1", first, EVERYTHING)
-            store.rooms.check_records(2 * MIB)
+            await store.rooms.check_records(2 * MIB)
             with pytest.raises(NoSpace, match=r"a manifest of 4\.0 MiB does not fit"):
-                store.rooms.check_records(4 * MIB)
+                await store.rooms.check_records(4 * MIB)
 
     in_store(tmp_path / "root", work, CAP)
 

@@ -6,12 +6,15 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
+from fetcher.errors import NoSpace
 from fetcher.modelpack import read_model
 from fetcher.ranges import Range
 from fetcher.store import Limits, Store
 from fetcher.store.collection import EVERYTHING as ALL
+from fetcher.threads import run_stoppable
 from tests.support.models import ModelBuilder
 from tests.support.stores import (
     CHUNK,
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    import pytest
+CAP = Limits(max_size=17 * MIB, min_free=0)
 
 
 def in_store(
@@ -80,6 +83,36 @@ def test_what_is_evicted_while_it_is_measured_takes_nothing(
         assert store.space.usage().used == disk_bytes(store.root)
 
     in_store(tmp_path / "root", work)
+
+
+def test_a_room_grows_only_when_what_was_evicted_is_gone(tmp_path: Path) -> None:
+    """Somebody has evicted it, and nobody has removed it yet."""
+    model = read_model(weights(CHUNK).manifest())
+
+    async def work(store: Store) -> None:
+        old = await put_model(store, weights(10 * MIB))
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            store.garbage.evict(store.garbage.plan(ALL))
+            assert not old.path.exists()
+            assert disk_bytes(store.root) > 10 * MIB
+            room = store.room(model.layers[0].descriptor.digest)
+            await run_stoppable(lambda _: room.grow(8 * MIB))
+            assert disk_bytes(store.root) < 2 * MIB
+
+    in_store(tmp_path / "root", work, CAP)
+
+
+def test_a_manifest_fits_where_the_trash_is(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await put_model(store, weights(14 * MIB))
+        with pytest.raises(NoSpace):
+            await store.rooms.check_records(2 * MIB)
+        store.garbage.evict(store.garbage.plan(ALL))
+        await store.rooms.check_records(2 * MIB)
+        assert disk_bytes(store.root) < 2 * MIB
+
+    in_store(tmp_path / "root", work, CAP)
 
 
 # -- trees -----------------------------------------------------------------------------------------
