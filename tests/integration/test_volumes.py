@@ -13,6 +13,7 @@ from csi.attributes import Mode
 from csi.mount_table import mount_at
 from csi.state import VolumeState
 from fetcher.errors import (
+    AccessDenied,
     Conflict,
     InProgress,
     InvalidRequest,
@@ -82,6 +83,21 @@ def test_it_is_still_right_after_a_restart(node: Node) -> None:
         await node.publish()
         await node.unpublish()
         node.assert_nothing_left()
+
+    trio.run(main)
+
+
+def test_a_retry_that_is_refused_does_not_hold_the_pull_of_the_first_try(node: Node) -> None:
+    async def main() -> None:
+        node.pulls.hold()
+        with pytest.raises(InProgress):
+            await node.publish(wait=0)
+        assert node.pulls.holders
+        node.pulls.refused = True
+        with pytest.raises(AccessDenied):
+            await node.publish(wait=0)
+        assert not node.pulls.holders
+        await node.unpublish()
 
     trio.run(main)
 
