@@ -25,7 +25,7 @@ from fetcher.oci import HUB_HOSTS
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _T = TypeVar("_T")
 
@@ -201,21 +201,26 @@ class DockerConfig:
         self._version, self._document, self._auths = version, document, auths
 
 
-async def fingerprint(credentials: Credentials | None, salt: bytes) -> str:
+async def fingerprint(shown: Sequence[Credentials | None], salt: bytes) -> str:
     """A text by which the same credentials are known again, and from which they cannot be had.
 
-    scrypt, so that a stolen database does not give away weak passwords. Takes about 50 ms and
-    16 MiB in a worker thread; nothing where there is nothing to hide.
+    They are those for each host that may be asked, in order. scrypt, so that a stolen database does
+    not give away weak passwords. Takes about 50 ms and 16 MiB in a worker thread; nothing where
+    there is nothing to hide.
     """
-    if credentials is None:
+    if not any(shown):
         return ANONYMOUS
-    return await trio.to_thread.run_sync(_fingerprint, credentials, salt)
+    return await trio.to_thread.run_sync(_fingerprint, shown, salt)
 
 
-def _fingerprint(credentials: Credentials, salt: bytes) -> str:
-    parts = (credentials.username, credentials.password, credentials.identity_token)
-    # JSON keeps the parts apart: ("ab", "c") and ("a", "bc") must not be the same credentials
-    secret = msgspec.json.encode(parts)
+def _fingerprint(shown: Sequence[Credentials | None], salt: bytes) -> str:
+    parts = [one and (one.username, one.password, one.identity_token) for one in shown]
+    while parts[-1] is None:
+        # nothing for another host changes nothing
+        parts.pop()
+    # JSON keeps the parts apart: ("ab", "c") and ("a", "bc") must not be the same credentials; for
+    # one host it is as earlier versions had it, so that what they recorded is still known
+    secret = msgspec.json.encode(parts if len(parts) > 1 else parts[0])
     return hashlib.scrypt(secret, salt=salt, n=2**14, r=8, p=1, dklen=32).hex()
 
 

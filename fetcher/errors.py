@@ -60,6 +60,10 @@ class Unavailable(ModelError):
         """Seconds after which the other side wants to be asked again, if it said so."""
 
 
+class Unreachable(Unavailable):
+    """No connection came about: whoever is there was not even asked."""
+
+
 class NoSpace(ModelError):
     """Not enough room on the disk or below the limit, for what was asked."""
 

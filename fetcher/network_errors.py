@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import httpx
 
 from fetcher.addresses import RefusedAddress
-from fetcher.errors import AccessDenied, ModelError, Unavailable
+from fetcher.errors import AccessDenied, ModelError, Unavailable, Unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,12 +31,19 @@ def explain_failure(error: Exception, host: str) -> tuple[ModelError, bool]:
         return AccessDenied(f"{refused}: refused", registry=host), False
     if not isinstance(error, httpx.HTTPError):
         raise error
-    if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
-        return Unavailable(f"no connection to {host} came about in time", registry=host), True
+    in_time = f"no connection to {host} came about in time"
+    if isinstance(error, httpx.ConnectTimeout):
+        return Unreachable(in_time, registry=host), True
+    if isinstance(error, httpx.PoolTimeout):
+        # by our own limits
+        return Unavailable(in_time, registry=host), True
     if isinstance(error, httpx.ProxyError):
         text = f"the proxy does not let requests through to {host}"
-        return Unavailable(text, registry=host), True
-    return explain_causes(error, host, silent=isinstance(error, httpx.TimeoutException))
+        return Unreachable(text, registry=host), True
+    found, passes = explain_causes(error, host, silent=isinstance(error, httpx.TimeoutException))
+    if isinstance(error, httpx.ConnectError):
+        return Unreachable(found.message, registry=host), passes
+    return found, passes
 
 
 def explain_causes(error: Exception, host: str, *, silent: bool) -> tuple[Unavailable, bool]:

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from urllib.parse import quote
 
 import trio
 
 from fetcher.conversations import Conversations, Wish
-from fetcher.errors import DigestMismatch, InvalidArtifact, ModelError, Unavailable
+from fetcher.errors import (
+    DigestMismatch,
+    InvalidArtifact,
+    ModelError,
+    Unavailable,
+    Unreachable,
+)
 from fetcher.exchange import Patience, RegistrySettings
 from fetcher.hosts import Hosts, itself
 from fetcher.oci import MANIFEST_TYPES, MAX_MANIFEST_BYTES, Digest, Index, Manifest, parse_manifest
@@ -26,9 +32,9 @@ from fetcher.routes import Hop
 from fetcher.sources import Health
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
-    from fetcher.credentials import Keychain
+    from fetcher.credentials import Credentials, Keychain
     from fetcher.exchange import Answer
     from fetcher.hosts import Host, HostSet
     from fetcher.oci import Reference
@@ -48,6 +54,15 @@ _MIRROR_STALL_SECONDS: Final = 5.0
 _MOST_HURRIED: Final = Patience(
     connect_timeout=3.0, stall_timeout=5.0, attempts=2, retry_seconds=10.0
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a reference names."""
+
+    digest: Digest
+    by_registry: bool
+    """Whether the registry said so, or who was made to stand in its place; not only a mirror."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,8 @@ class Registry:
             stall_timeout=min(_MOST_HURRIED.stall_timeout, settings.stall_timeout),
         )
         """For a registry in whose place somebody else can answer, and for who does."""
+        self._unhurried = replace(self._hurried, stall_timeout=settings.stall_timeout, attempts=1)
+        """For a registry in whose place nobody has answered: slow is better than nothing."""
         self._platform = this_platform()
 
     async def aclose(self) -> None:
@@ -87,12 +104,23 @@ class Registry:
         """Who may be asked for what the registry of ``reference`` has."""
         return await self._hosts.lookup(reference.registry)
 
+    async def credentials(
+        self, reference: Reference, keychain: Keychain
+    ) -> tuple[Credentials | None, ...]:
+        """What is shown to whoever may say whether ``reference`` can be read, in their order."""
+        hosts = await self.hosts(reference)
+        speakers = (hosts.server, *hosts.able("resolve"))
+        return tuple([await keychain.lookup(one.name, reference.repository) for one in speakers])
+
     async def manifest(self, reference: Reference, keychain: Keychain) -> Manifest | Index:
         """The manifest or index that ``reference`` names, checked against its digest.
 
         Raises ``NotFound``, ``Unauthenticated``, ``AccessDenied``, ``Unavailable``;
         ``InvalidArtifact`` for what is no manifest or too large; ``DigestMismatch``.
         """
+        return (await self._manifest(reference, keychain)).value
+
+    async def _manifest(self, reference: Reference, keychain: Keychain) -> _Word[Manifest | Index]:
 
         async def ask(host: Host, patience: Patience | None) -> Manifest | Index:
             wish = _manifest_wish(reference, "GET", patience)
@@ -128,6 +156,10 @@ class Registry:
 
     async def head_manifest(self, reference: Reference, keychain: Keychain) -> Digest:
         """The digest of what ``reference`` names, and the proof that ``keychain`` may read it."""
+        return (await self.named(reference, keychain)).digest
+
+    async def named(self, reference: Reference, keychain: Keychain) -> Named:
+        """As :meth:`head_manifest`, and who said so."""
 
         async def ask(host: Host, patience: Patience | None) -> Digest | None:
             wish = _manifest_wish(reference, "HEAD", patience)
@@ -140,8 +172,28 @@ class Registry:
                 raise _mismatch(reference, f"{host.name} says that it is {digest}")
             return digest
 
-        found = await self._prove(reference, ask)
-        return (await self.manifest(reference, keychain)).digest if found is None else found
+        word = await self._prove(reference, ask)
+        if word.value is not None:
+            return Named(word.value, word.by_registry)
+        sent = await self._manifest(reference, keychain)
+        return Named(sent.value.digest, word.by_registry and sent.by_registry)
+
+    async def head_blob(self, reference: Reference, blob: Digest, keychain: Keychain) -> None:
+        """The proof that ``keychain`` may read a blob there. Raises as :meth:`manifest`."""
+
+        async def ask(host: Host, patience: Patience | None) -> None:
+            wish = replace(_blob_wish(reference, blob, "HEAD"), patience=patience)
+            answer = await self._ask(host, wish, keychain)
+            if answer.is_page:
+                raise page(wish.asked(host), wish.what)
+            if answer.status >= 400:
+                raise Unavailable(
+                    f"{host.name} does not say whether it has {wish.what} of {reference}: it "
+                    f"answers HTTP status {answer.status} to HEAD",
+                    registry=host.name,
+                )
+
+        await self._prove(reference, ask)
 
     async def blob(
         self, reference: Reference, digest: Digest, size: int, keychain: Keychain
@@ -167,7 +219,7 @@ class Registry:
                 )
             return answer.body
 
-        return await self._prove(reference, ask)
+        return (await self._prove(reference, ask)).value
 
     async def blob_access(
         self,
@@ -191,8 +243,8 @@ class Registry:
         credentials = await keychain.lookup(host.name, reference.repository)
         wish = _blob_wish(reference, digest, "HEAD")
         if hosts.mirrors:
-            # somebody else may have it meanwhile
-            wish = replace(wish, patience=self._hurried)
+            # somebody else may have it meanwhile; but the registry is the last that is asked
+            wish = replace(wish, patience=self._hurried if host.mirror else self._unhurried)
         known, authorization = await self._conversations.known_authorization(
             host, wish, credentials
         )
@@ -225,39 +277,44 @@ class Registry:
 
     async def _prove(
         self, reference: Reference, ask: Callable[[Host, Patience | None], Awaitable[_T]]
-    ) -> _T:
+    ) -> _Word[_T]:
         """What the registry answers; where it cannot be reached, a mirror that may resolve.
 
-        Where there are such mirrors, a registry that is away is not waited for at every publish.
+        Where there are such mirrors, a registry that is away is not waited for at every publish;
+        one that is slow is, when nobody else has an answer.
         """
         hosts = await self.hosts(reference)
         server, others = hosts.server, hosts.able("resolve")
         if not others:
-            return await ask(server, None)
+            return _Word(await ask(server, None), by_registry=True)
         order = self.health.order([one.base for one in others], trio.current_time())
         ordered = [one for base in order for one in others if one.base == base]
         speaks = "resolve" in server.capabilities
-        if speaks:
-            away = self.health.is_away(server.base, trio.current_time())
-            ordered.insert(len(ordered) if away else 0, server)
-        failures: list[ModelError] = []
-        for host in ordered:
+        turns: list[tuple[Host, Patience | None]] = [(one, self._hurried) for one in ordered]
+        if speaks and self.health.is_away(server.base, trio.current_time()):
+            turns.append((server, self._hurried))
+        elif speaks:
+            turns = [(server, self._hurried), *turns, (server, None)]
+        failures: dict[str, ModelError] = {}
+        for host, patience in turns:
             try:
-                found = await ask(host, self._hurried)
+                found = await ask(host, patience)
             except ModelError as error:
                 if host is server and not isinstance(error, Unavailable):
                     raise
-                failures.append(error)
+                failures[host.base] = error
                 self._note_failure(host, error)
             else:
                 self.health.succeeded(host.base)
-                return found
-        raise _unproven(reference, failures)
+                return _Word(found, by_registry=host is server or not speaks)
+        raise _unproven(reference, failures.values())
 
     def _note_failure(self, host: Host, error: ModelError) -> None:
         now = trio.current_time()
         if not host.mirror:
-            self.health.left(host.base, now)
+            # nothing else: what it answers for one repository must not decide about all others
+            if isinstance(error, Unreachable) and error.context.get("registry") == host.netloc:
+                self.health.left(host.base, now)
         elif isinstance(error, Unavailable):
             self.health.failed(host.base, now, now, error.retry_after)
         logger.warning("%s", error.message)
@@ -267,7 +324,15 @@ class Registry:
         return (await self._conversations.ask(host, wish, credentials)).answer
 
 
-def _unproven(reference: Reference, failures: list[ModelError]) -> Unavailable:
+@dataclass(frozen=True, slots=True)
+class _Word(Generic[_T]):
+    """An answer, and who gave it."""
+
+    value: _T
+    by_registry: bool
+
+
+def _unproven(reference: Reference, failures: Iterable[ModelError]) -> Unavailable:
     """Whatever mirrors say: without the registry's own word this is no more than its absence."""
     words = "; ".join(one.message for one in failures)
     return Unavailable(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fetcher.credential_helper import ask_helper
 from fetcher.credentials import (
+    ANONYMOUS,
     Anonymous,
     Chain,
     Credentials,
@@ -354,15 +355,20 @@ def test_cancelling_a_lookup_kills_the_helper(helpers: Path, tmp_path: Path) -> 
 def test_a_fingerprint_tells_credentials_apart_and_does_not_tell_them() -> None:
     async def main() -> None:
         salt = b"of this node"
-        one = await fingerprint(Credentials("ab", "c"), salt)
-        assert one == await fingerprint(Credentials("ab", "c"), salt)
+        one = await fingerprint([Credentials("ab", "c")], salt)
+        assert one == await fingerprint([Credentials("ab", "c")], salt)
         others = [
-            await fingerprint(Credentials("a", "bc"), salt),
-            await fingerprint(Credentials("ab", "", "c"), salt),
-            await fingerprint(Credentials("", "", ""), salt),
-            await fingerprint(Credentials("ab", "c"), b"of another node"),
+            await fingerprint([Credentials("a", "bc")], salt),
+            await fingerprint([Credentials("ab", "", "c")], salt),
+            await fingerprint([Credentials("", "", "")], salt),
+            await fingerprint([Credentials("ab", "c")], b"of another node"),
+            await fingerprint([None, Credentials("ab", "c")], salt),
+            await fingerprint([Credentials("ab", "c"), Credentials("ab", "c")], salt),
         ]
-        assert len({one, *others, await fingerprint(None, salt)}) == 6
+        assert len({one, *others, await fingerprint([None], salt)}) == 8
+        # a host to which nothing is shown makes no difference
+        assert one == await fingerprint([Credentials("ab", "c"), None], salt)
+        assert await fingerprint([None, None], salt) == ANONYMOUS
         assert all(len(text) == 64 and int(text, 16) for text in (one, *others))
 
     trio.run(main)
