@@ -296,9 +296,11 @@ class AgentCalls:
     def _progress_of(self, attributes: VolumeAttributes) -> Progress | None:
         """How far the pull that a publish waits for is; None while there is none."""
         for pull in self._pulls.running():
-            reference = pull.resolved.reference
-            same = reference.digest and attributes.reference.with_digest(reference.digest)
-            if reference == same and pull.selection == attributes.selection:
+            asked = any(
+                one.digest and one == attributes.reference.with_digest(one.digest)
+                for one in (source.reference for source in pull.sources)
+            )
+            if asked and pull.selection == attributes.selection:
                 return pull.progress()
         return None
 

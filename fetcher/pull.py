@@ -36,6 +36,7 @@ from fetcher.errors import (
 from fetcher.modelpack import Selection, read_model
 from fetcher.oci import Digest
 from fetcher.policy import PullPolicy, ReferencePolicy
+from fetcher.proofs import Proofs
 from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from fetcher.jobs import Job, Jobs
     from fetcher.modelpack import Layer, Model
     from fetcher.oci import Manifest, Reference
-    from fetcher.registry import Registry
+    from fetcher.registry import Named, Registry
     from fetcher.store import ModelTree, Store
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class Pull:
 
     def __init__(self, resolved: Resolved, selection: Selection, previous: Pull | None) -> None:
         self.resolved = resolved
+        """As whoever asked first for it has it."""
+        self._sources = {resolved.reference.name: _source(resolved)}
         self.selection = selection
         self.previous = previous
         """A pull of the same tree that was told to stop and may not have ended yet."""
@@ -126,26 +129,65 @@ class Pull:
     def renew(self, resolved: Resolved) -> None:
         """Go on as whoever asked last: a pod's credentials expire, and its next try has new ones.
 
-        Its reference may name another repository, which has the same model.
+        A reference with another name is one more place to fetch from, and takes none away: what
+        one caller can read must not fail for what another one names.
         """
-        self.resolved = resolved
+        source = _source(resolved)
+        self._sources[source.reference.name] = source
         for job in self.jobs.values():
-            job.source = self.source
+            job.offer(source)
 
     @property
-    def source(self) -> Source:
-        """Where its blobs are fetched from."""
-        return Source(self.resolved.reference, self.resolved.keychain)
+    def sources(self) -> tuple[Source, ...]:
+        """Where its blobs are fetched from, one for each name, in the order of asking."""
+        return tuple(self._sources.values())
 
     async def wait(self) -> ModelTree:
         """Wait for the tree. Raises what the pull failed with; leaving does not stop the pull."""
         await self.finished.wait()
-        if self.failure is not None:
-            # every waiter gets an exception of its own: a traceback belongs to one task
-            raise copy.copy(self.failure) from self.failure
-        if self.tree is None:
-            raise InProgress(f"the pull of {self.resolved.reference} was stopped: ask again")
-        return self.tree
+        return _outcome(self.tree, self.failure, self.resolved)
+
+
+class JoinedPull:
+    """A pull as one of its callers has it, from :meth:`Pulls.join`.
+
+    The pull is everybody's; whether its tree may be shown is decided for each caller.
+    """
+
+    def __init__(self, pull: Pull, resolved: Resolved) -> None:
+        self.pull = pull
+        self.resolved = resolved
+        """The model as this caller named it."""
+        self.scope = trio.CancelScope()
+        self.finished = trio.Event()
+        self.tree: ModelTree | None = None
+        self.failure: Exception | None = None
+
+    def progress(self) -> Progress:
+        """Bytes of the wanted blobs that are here, and bytes in all."""
+        return self.pull.progress()
+
+    async def wait(self) -> ModelTree:
+        """Wait for the tree, and for the proof that this caller may have it.
+
+        Raises what the pull failed with, or what the registry of the caller's own reference says of
+        a layer. May be called again after it was cancelled.
+        """
+        await self.finished.wait()
+        return _outcome(self.tree, self.failure, self.resolved)
+
+
+def _source(resolved: Resolved) -> Source:
+    return Source(resolved.reference, resolved.keychain)
+
+
+def _outcome(tree: ModelTree | None, failure: Exception | None, resolved: Resolved) -> ModelTree:
+    if failure is not None:
+        # every waiter gets an exception of its own: a traceback belongs to one task
+        raise copy.copy(failure) from failure
+    if tree is None:
+        raise InProgress(f"the pull of {resolved.reference} was stopped: ask again")
+    return tree
 
 
 class Pulls:
@@ -169,6 +211,7 @@ class Pulls:
         self._laying_out: weakref.WeakValueDictionary[Digest, trio.Lock] = (
             weakref.WeakValueDictionary()
         )
+        self._proofs = Proofs(store.catalog, registry)
         self._salt = store.catalog.salt()
 
     # -- resolve -----------------------------------------------------------------------------------
@@ -188,7 +231,7 @@ class Pulls:
         reference that :meth:`check` refuses before anybody is asked.
         """
         self.check(reference)
-        credentials = await keychain.lookup(reference.registry, reference.repository)
+        credentials = await self._registry.credentials(reference, keychain)
         proof = await fingerprint(credentials, self._salt)
         if policy is PullPolicy.NEVER:
             return self._recall(reference, keychain, proof, None)
@@ -196,10 +239,10 @@ class Pulls:
         if policy is PullPolicy.IF_NOT_PRESENT and self._known(reference, proof) is not None:
             patience = self._settings.proof
         try:
-            manifest, top = await self._ask(reference, keychain, patience)
+            manifest, named = await self._ask(reference, keychain, patience)
         except (Unauthenticated, AccessDenied):
-            if reference.digest is not None:
-                self._store.catalog.remove_access(reference, reference.digest, proof)
+            # by tag or by digest: what is refused is the repository
+            self._store.catalog.remove_accesses(reference.name, proof)
             raise
         except Unavailable as error:
             if policy is PullPolicy.ALWAYS:
@@ -207,32 +250,37 @@ class Pulls:
             logger.warning("%s; looking into the store", error.message)
             return self._recall(reference, keychain, proof, error)
         model = read_model(manifest)
-        if self._store.catalog.manifest(top) is None:
+        if self._store.catalog.manifest(named.digest) is None:
             await self._store.rooms.check_records(len(manifest.body))
-        self._store.catalog.add_resolution(reference, top, manifest, proof)
-        return Resolved(reference.with_digest(top), model, keychain)
+        # what mirrors say of a registry that is away is for now
+        accepted = proof if named.by_registry else None
+        self._store.catalog.add_resolution(reference, named.digest, manifest, accepted)
+        return Resolved(reference.with_digest(named.digest), model, keychain)
 
     async def _ask(
         self, reference: Reference, keychain: Keychain, patience: float
-    ) -> tuple[Manifest, Digest]:
+    ) -> tuple[Manifest, Named]:
         """The model's manifest, and what the registry names for the reference.
 
-        A manifest that was seen before is not sent again: that the registry names its digest to
-        these credentials is the proof that is needed. Raises :class:`Unavailable` where it is not
-        named within ``patience`` seconds.
+        A manifest that came from this name before is not sent again: that the registry names its
+        digest to these credentials is the proof that is needed. One that came from another name is:
+        whoever knows a digest can name it. Raises :class:`Unavailable` where it is not named within
+        ``patience`` seconds.
         """
         with trio.move_on_after(patience) as waiting:
-            top = await self._registry.head_manifest(reference, keychain)
+            named = await self._registry.named(reference, keychain)
         if waiting.cancelled_caught:
             raise Unavailable(
                 f"{reference.registry} gave no answer about {reference} in {patience:g} s"
             )
+        top = named.digest
         if reference.digest is not None and top != reference.digest:
             raise Unavailable(f"the registry answered for {reference} with another digest, {top}")
-        known = self._store.catalog.manifest(top)
-        if known is not None:
-            return known, top
-        return await self._registry.resolve_model(reference.with_digest(top), keychain)
+        catalog = self._store.catalog
+        known = catalog.manifest(top) if catalog.is_below(reference.name, top) else None
+        if known is None:
+            known, _ = await self._registry.resolve_model(reference.with_digest(top), keychain)
+        return known, named
 
     def _recall(
         self, reference: Reference, keychain: Keychain, proof: str, error: Unavailable | None
@@ -263,7 +311,7 @@ class Pulls:
     @contextlib.contextmanager
     def join(
         self, resolved: Resolved, selection: Selection, holder: str | None = None
-    ) -> Iterator[Pull]:
+    ) -> Iterator[JoinedPull]:
         """The pull of a model, started if none is under way; wait for it inside the block.
 
         With nobody in such a block the pull stops after its grace period. A ``holder`` that leaves
@@ -279,14 +327,41 @@ class Pulls:
         pull.renew(resolved)
         pull.waiters += 1
         self._set_deadline(pull)
+        joined = JoinedPull(pull, resolved)
+        name = f"proof of {resolved.model.digest.short}"
+        self._nursery.start_soon(self._hand_over, joined, selection, name=name)
         try:
-            yield pull
+            yield joined
         finally:
+            joined.scope.cancel()
             pull.waiters -= 1
             pull.left = trio.current_time()
             if holder is not None:
                 pull.holders[holder] = pull.left + self._settings.hold
             self._set_deadline(pull)
+
+    async def _hand_over(self, joined: JoinedPull, selection: Selection) -> None:
+        """Give one caller the tree, once its own name is known to have all that the tree shows.
+
+        A task of its own, as callers wait in short turns; it ends when the caller has left.
+        """
+        resolved = joined.resolved
+        layers = [
+            layer.descriptor.digest
+            for layer in resolved.model.layers
+            if selection.wants_layer(layer)
+        ]
+        try:
+            with joined.scope:
+                tree = await joined.pull.wait()
+                await self._proofs.prove(resolved.reference, layers, resolved.keychain)
+                joined.tree = tree
+        except Exception as error:
+            if not isinstance(error, ModelError) and joined.pull.failure is None:
+                logger.exception("fault of this program while handing %s over", resolved.reference)
+            joined.failure = error
+        finally:
+            joined.finished.set()
 
     def release(self, holder: str) -> None:
         """``holder`` does not come again: pulls that nobody else wants end with their grace."""
@@ -408,9 +483,13 @@ class Pulls:
 
     async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
         digest = layer.descriptor.digest
-        with self._jobs.join(layer, pull.source) as job:
+        first, *others = pull.sources
+        with self._jobs.join(layer, first) as job:
+            for source in others:
+                job.offer(source)
             pull.jobs[digest] = job
             await job.wait()
+            self._proofs.fetched(job, digest)
             if not self._store.has_content(layer):
                 # another selection of this model may be at the same layer
                 async with self._laying_out.setdefault(digest, trio.Lock()):

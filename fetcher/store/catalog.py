@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from fetcher.errors import InvalidArtifact
 from fetcher.oci import Digest, Manifest, parse_manifest
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ CREATE TABLE IF NOT EXISTS accesses (
     PRIMARY KEY (name, digest, fingerprint)) STRICT;
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 """
+_PROOFS: Final = """
+CREATE TABLE proofs (
+    name TEXT NOT NULL, digest TEXT NOT NULL, proven REAL NOT NULL, PRIMARY KEY (name, digest))
+    STRICT, WITHOUT ROWID
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,20 @@ class Catalog:
     def __init__(self, database: Database) -> None:
         self._database = database
         database.connection.executescript(_TABLES)
+        found = database.connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'proofs'")
+        if found.fetchone() is None:
+            self._begin_proofs()
+
+    def _begin_proofs(self) -> None:
+        """A store of an earlier version: what was readable below a name was fetched through it."""
+        with self._database.transaction() as connection:
+            connection.execute(_PROOFS)
+            names = connection.execute("SELECT DISTINCT name FROM accesses").fetchall()
+            for (name,) in names:
+                for digest in _layers_below(connection, name):
+                    connection.execute(
+                        "INSERT OR IGNORE INTO proofs VALUES (?, ?, ?)", (name, digest, time.time())
+                    )
 
     def salt(self) -> bytes:
         """The random bytes that fingerprints of credentials are made with here; made once."""
@@ -196,11 +217,12 @@ class Catalog:
         return tuple(reference for (reference,) in rows)
 
     def add_resolution(
-        self, reference: Reference, top: Digest, manifest: Manifest, fingerprint: str
+        self, reference: Reference, top: Digest, manifest: Manifest, fingerprint: str | None
     ) -> None:
-        """Record that the registry named ``top`` for ``reference`` to these credentials.
+        """Record that ``reference`` names ``top``, by the registry's word to these credentials.
 
         ``manifest`` is what ``top`` names, or what an index with that digest led to on this node.
+        Without a ``fingerprint`` it was not the registry that said so: nobody is the wiser for it.
         """
         now = time.time()
         with self._database.transaction() as connection:
@@ -214,17 +236,17 @@ class Catalog:
             connection.execute(
                 "INSERT OR REPLACE INTO tags VALUES (?, ?, ?)", (str(reference), str(top), now)
             )
-            connection.execute(
-                "INSERT OR REPLACE INTO accesses VALUES (?, ?, ?, ?)",
-                (reference.name, str(top), fingerprint, now),
-            )
+            if fingerprint is not None:
+                connection.execute(
+                    "INSERT OR REPLACE INTO accesses VALUES (?, ?, ?, ?)",
+                    (reference.name, str(top), fingerprint, now),
+                )
 
-    def remove_access(self, reference: Reference, digest: Digest, fingerprint: str) -> None:
-        """Forget that these credentials were accepted: the registry has refused them since."""
+    def remove_accesses(self, name: str, fingerprint: str) -> None:
+        """Forget that these credentials were ever accepted below a name: they are refused now."""
         with self._database.transaction() as connection:
             connection.execute(
-                "DELETE FROM accesses WHERE name = ? AND digest = ? AND fingerprint = ?",
-                (reference.name, str(digest), fingerprint),
+                "DELETE FROM accesses WHERE name = ? AND fingerprint = ?", (name, fingerprint)
             )
 
     def accepted(self, reference: Reference, digest: Digest, fingerprint: str) -> bool:
@@ -232,6 +254,27 @@ class Catalog:
         row = self._database.connection.execute(
             "SELECT 1 FROM accesses WHERE name = ? AND digest = ? AND fingerprint = ?",
             (reference.name, str(digest), fingerprint),
+        ).fetchone()
+        return row is not None
+
+    def is_below(self, name: str, top: Digest) -> bool:
+        """Whether the registry ever let anybody read ``top`` below this name."""
+        row = self._database.connection.execute(
+            "SELECT 1 FROM accesses WHERE name = ? AND digest = ?", (name, str(top))
+        ).fetchone()
+        return row is not None
+
+    def add_proof(self, name: str, blob: Digest) -> None:
+        """Record that a blob was seen to be had below a name."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO proofs VALUES (?, ?, ?)", (name, str(blob), time.time())
+            )
+
+    def is_proven(self, name: str, blob: Digest) -> bool:
+        """Whether a blob was ever seen to be had below a name."""
+        row = self._database.connection.execute(
+            "SELECT 1 FROM proofs WHERE name = ? AND digest = ?", (name, str(blob))
         ).fetchone()
         return row is not None
 
@@ -259,9 +302,39 @@ def forget_model(connection: sqlite3.Connection, digest: Digest) -> None:
     if row is not None:
         return
     tops = "(SELECT top FROM manifests WHERE digest = ?)"
+    names = connection.execute(
+        f"SELECT DISTINCT name FROM accesses WHERE digest IN {tops}",  # noqa: S608 (a constant)
+        (str(digest),),
+    ).fetchall()
     for table in ("tags", "accesses"):
         connection.execute(
             f"DELETE FROM {table} WHERE digest IN {tops}",  # noqa: S608 (constants)
             (str(digest),),
         )
     connection.execute("DELETE FROM manifests WHERE digest = ?", (str(digest),))
+    for (name,) in names:
+        _forget_proofs(connection, name)
+
+
+def _forget_proofs(connection: sqlite3.Connection, name: str) -> None:
+    """Forget blobs below a name that no model of that name has any more."""
+    kept = _layers_below(connection, name)
+    proven = connection.execute("SELECT digest FROM proofs WHERE name = ?", (name,)).fetchall()
+    gone = [(name, blob) for (blob,) in proven if blob not in kept]
+    connection.executemany("DELETE FROM proofs WHERE name = ? AND digest = ?", gone)
+
+
+def _layers_below(connection: sqlite3.Connection, name: str) -> set[str]:
+    """The blobs of all models that somebody could read below a name."""
+    rows = connection.execute(
+        "SELECT DISTINCT media_type, body FROM manifests "
+        "JOIN accesses ON accesses.digest = manifests.top WHERE accesses.name = ?",
+        (name,),
+    )
+    found: set[str] = set()
+    for media_type, body in rows:
+        with contextlib.suppress(InvalidArtifact):
+            manifest = parse_manifest(body, media_type)
+            if isinstance(manifest, Manifest):
+                found.update(str(layer.digest) for layer in manifest.layers)
+    return found

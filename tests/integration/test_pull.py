@@ -25,7 +25,7 @@ from fetcher.jobs import Jobs
 from fetcher.modelpack import Kind, Packing, Selection, layer_type
 from fetcher.oci import Digest, Reference
 from fetcher.policy import PullPolicy
-from fetcher.pull import Pull, Pulls, PullSettings
+from fetcher.pull import JoinedPull, Pull, Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.store import ModelTree, Store
 from fetcher.transport import TransferSettings
@@ -86,7 +86,7 @@ async def pull(
         return await joined.wait()
 
 
-async def arrived(joined: Pull, count: int) -> None:
+async def arrived(joined: Pull | JoinedPull, count: int) -> None:
     """Wait until a pull has so many bytes."""
     while joined.progress().done < count:  # noqa: ASYNC110 - threads move them, no event tells
         await trio.sleep(0.01)
@@ -309,12 +309,13 @@ def test_nobody_waiting_stops_a_pull_after_the_grace_period(
         resolved = await pulls.resolve(reference, Anonymous(), PullPolicy.ALWAYS)
         with pulls.join(resolved, EVERYTHING) as joined:
             await arrived(joined, CHUNK)
-        assert not joined.finished.is_set()
+        left = joined.pull
+        assert not left.finished.is_set()
         # somebody comes back within the grace period, and it goes on
         with pulls.join(resolved, EVERYTHING) as again:
-            assert again is joined
-        await joined.finished.wait()
-        assert joined.tree is None
+            assert again.pull is left
+        await left.finished.wait()
+        assert left.tree is None
         assert pulls.running() == []
 
     in_node(tmp_path / "root", work, PullSettings(grace=0.3))
@@ -336,11 +337,12 @@ def test_who_is_to_come_again_holds_a_pull_until_it_is_released(
             pass
         pulls.release("first")
         # far beyond the grace period: a volume is between two of its calls
-        await arrived(joined, joined.progress().done + 4 * CHUNK)
-        assert not joined.finished.is_set()
+        held = joined.pull
+        await arrived(held, held.progress().done + 4 * CHUNK)
+        assert not held.finished.is_set()
         pulls.release("second")
-        await joined.finished.wait()
-        assert joined.tree is None
+        await held.finished.wait()
+        assert held.tree is None
         pulls.release("second")
 
     in_node(tmp_path / "root", work, PullSettings(grace=0.05))

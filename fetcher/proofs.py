@@ -1,0 +1,68 @@
+"""Who may be shown which bytes: a name's own repository has to have every layer that it shows.
+
+The store keeps each blob once, whoever brought it, and a manifest is easily written that lists
+somebody else's blob. So a layer counts for a name only if it was fetched through that name, or if
+the registry of that name said that it has the blob and that the asker may read it. Either is
+recorded: nobody is asked twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fetcher.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fetcher.credentials import Keychain
+    from fetcher.jobs import Job
+    from fetcher.oci import Digest, Reference
+    from fetcher.registry import Registry
+    from fetcher.store.catalog import Catalog
+
+_AT_ONE_TIME: Final = 8
+
+
+class Proofs:
+    """What is known of the blobs below names. Belongs to the trio thread."""
+
+    def __init__(self, catalog: Catalog, registry: Registry) -> None:
+        self._catalog = catalog
+        self._registry = registry
+
+    def fetched(self, job: Job, blob: Digest) -> None:
+        """Record what a job that is complete proves: nothing where several names brought bytes."""
+        name = job.only_name
+        if name is not None and not self._catalog.is_proven(name, blob):
+            self._catalog.add_proof(name, blob)
+
+    async def prove(
+        self, reference: Reference, blobs: Iterable[Digest], keychain: Keychain
+    ) -> None:
+        """Return once all ``blobs`` are known to be below the name of ``reference``.
+
+        Asks its registry for those of which that is not known yet, and raises what it answers:
+        ``NotFound``, ``Unauthenticated``, ``AccessDenied``, ``Unavailable``.
+        """
+        name = reference.name
+        wanted = [one for one in dict.fromkeys(blobs) if not self._catalog.is_proven(name, one)]
+        failures: list[ModelError] = []
+        places = trio.CapacityLimiter(_AT_ONE_TIME)
+
+        async def ask(blob: Digest, scope: trio.CancelScope) -> None:
+            try:
+                async with places:
+                    await self._registry.head_blob(reference, blob, keychain)
+                self._catalog.add_proof(name, blob)
+            except ModelError as error:
+                failures.append(error)
+                scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for blob in wanted:
+                nursery.start_soon(ask, blob, nursery.cancel_scope)
+        if failures:
+            raise failures[0]
