@@ -25,6 +25,7 @@ from fetcher.collector import keep_in_order
 from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.download import DownloadSettings
 from fetcher.jobs import Jobs
+from fetcher.names import look_up_apart
 from fetcher.policy import ReferencePolicy
 from fetcher.proxies import Proxies
 from fetcher.pull import Pulls, PullSettings
@@ -98,6 +99,7 @@ async def become(config: Config) -> AsyncIterator[AgentCalls]:
 @contextlib.asynccontextmanager
 async def open_registry(config: Config) -> AsyncIterator[Registry]:
     """The registries, as configured."""
+    look_up_apart()
     registry = Registry(registry_settings(config))
     try:
         yield registry
