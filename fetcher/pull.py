@@ -37,6 +37,7 @@ from fetcher.modelpack import Selection, read_model
 from fetcher.oci import Digest
 from fetcher.policy import PullPolicy, ReferencePolicy
 from fetcher.proofs import Proofs
+from fetcher.store.footprint import content_name, tree_name
 from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -426,8 +427,7 @@ class Pulls:
                 tree = await self._build(pull)
         finally:
             self._store.garbage.ask()
-        # what was reserved and is not taken is there for others as soon as this pull has ended
-        await self._store.rooms.settle()
+        await self._settle(pull)
         return tree
 
     async def _build(self, pull: Pull) -> ModelTree:
@@ -460,7 +460,12 @@ class Pulls:
         with self._store.held(part, everything):
             await self._store.reserve(str(resolved.reference), part, everything)
             await self._fetch_layers(pull, layers)
-        await self._store.rooms.settle()
+        await self._settle(pull)
+
+    async def _settle(self, pull: Pull) -> None:
+        """What a pull reserved and did not take is there for others as soon as it has ended."""
+        tree = tree_name(pull.resolved.model.digest, pull.selection.key)
+        await self._store.rooms.settle_only([tree, *map(content_name, pull.sizes)])
 
     async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
         """Fetch and unpack layers, several at a time. The first failure stops the others."""

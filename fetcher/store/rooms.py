@@ -7,6 +7,7 @@ nobody writes a byte before that is done.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from fetcher.errors import NoSpace
+from fetcher.errors import ModelError, NoSpace
 from fetcher.modelpack import Packing
 from fetcher.quantities import bytes_text
 from fetcher.store.disk import disk_error
@@ -22,12 +23,13 @@ from fetcher.store.footprint import taken
 from fetcher.threads import Stopped, run_stoppable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from fetcher.errors import ModelError
     from fetcher.modelpack import Layer
     from fetcher.store.garbage import Garbage
     from fetcher.store.space import Shortage, Space
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -108,7 +110,7 @@ class Room:
         if granted is None:
             # others may have written much of what they reserved since somebody looked
             held = self._call(rooms.unsettled)
-            measured = {one: rooms.taken(one, stop) for one in held}
+            measured = rooms.measure(held, stop)
             self._call(lambda: rooms.written(measured))
             granted = self._call(lambda: rooms.grant(name, count, evicting=True))
         if granted is None:
@@ -202,18 +204,33 @@ class Rooms:
 
     async def settle(self, also: Iterable[str] = ()) -> None:
         """Measure what is promised, in a thread: what is worked on as written so far, the rest for
-        good. Raises :class:`ModelError`.
+        good. What cannot be measured keeps what it was promised. Raises :class:`ModelError`.
         """
-        names = {*self._space.holdings.unsettled(), *also}
+        await self._settle({*self._space.holdings.unsettled(), *also})
+
+    async def settle_only(self, names: Iterable[str]) -> None:
+        """As :meth:`settle`, for those of ``names`` that are promised, and for nothing else."""
+        await self._settle(set(names).intersection(self._space.holdings.unsettled()))
+
+    async def _settle(self, names: Collection[str]) -> None:
         if not names:
             return
         with self._space.watched() as worked_on:
-            measured = await run_stoppable(
-                lambda stop: {name: self.taken(name, stop) for name in names}
-            )
+            measured = await run_stoppable(lambda stop: self.measure(names, stop))
             self._space.believe(measured, worked_on)
         for name in measured.keys() - self._space.holding():
             self._spare.pop(name, None)
+
+    def measure(self, names: Iterable[str], stop: threading.Event) -> dict[str, int]:
+        """Bytes of those of ``names`` that can be measured; for a worker thread."""
+        measured = {}
+        for name in names:
+            try:
+                measured[name] = self.taken(name, stop)
+            except ModelError as error:
+                # trouble of its own: nobody else's pull may fail for it
+                logger.warning("what is promised cannot be measured: %s", error.message)
+        return measured
 
     def taken(self, name: str, stop: threading.Event) -> int:
         """Bytes of a name on the disk; for a worker thread. Raises :class:`ModelError`."""

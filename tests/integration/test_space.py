@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from fetcher.collector import collect, keep_in_order
-from fetcher.errors import NoSpace
+from fetcher.errors import ModelError, NoSpace
 from fetcher.modelpack import Packing, Selection
 from fetcher.oci import Digest
 from fetcher.pull import PullSettings
@@ -283,6 +283,35 @@ def test_what_is_here_is_given_though_the_cap_was_lowered_below_it(
 
     in_node(tmp_path / "root", NO_FLOOR, first)
     in_node(tmp_path / "root", Limits(max_size=4 * MIB, min_free=0), lowered)
+
+
+def test_a_pull_of_what_is_here_measures_nothing_else(
+    tmp_path: Path, registry: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are at contents that take long to measure, or that cannot be measured."""
+    here = weights(CHUNK).push(registry, "beside/here", "v1")
+    new = weights(CHUNK).push(registry, "beside/new", "v1")
+    trouble = f"blobs/sha256/{'a' * 300}"
+
+    async def work(pulls: Pulls, store: Store) -> None:
+        await pull(pulls, here)
+        with store.space.held([trouble]):
+            store.space.claim({trouble: CHUNK})
+            with pytest.raises(ModelError, match="name too long"):
+                store.rooms.taken(trouble, threading.Event())
+            await pull(pulls, new)
+            taken, measured = store.rooms.taken, []
+
+            def noted(name: str, stop: threading.Event) -> int:
+                measured.append(name)
+                return taken(name, stop)
+
+            monkeypatch.setattr(store.rooms, "taken", noted)
+            await pull(pulls, here)
+            assert measured == []
+            assert store.space.holdings.get([trouble]) == {trouble: CHUNK}
+
+    in_node(tmp_path / "root", NO_FLOOR, work)
 
 
 # -- a disk ----------------------------------------------------------------------------------------
