@@ -1,8 +1,10 @@
 """Pulling a model into the store: the page to read first.
 
-*Resolve* the reference to a manifest, with the caller's own credentials; *join* the pull of that
-model; the pull checks that there is room, has every blob fetched once (:mod:`fetcher.jobs`),
-unpacks what is packed, and builds the tree that volumes bind (:mod:`fetcher.store`).
+*Resolve* the reference to a manifest, with the caller's own credentials
+(:mod:`fetcher.resolution`); *join* the pull of that model; the pull checks that there is room, has
+every blob fetched once (:mod:`fetcher.jobs`), unpacks what is packed, and builds the tree that
+volumes bind (:mod:`fetcher.store`). Each caller gets that tree once its own name is known to have
+all of it (:mod:`fetcher.proofs`).
 
 A pull belongs to the model, not to whoever asked first: callers wait for it and may leave. With
 nobody waiting it stops after a grace period, and keeps what it has.
@@ -21,22 +23,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from fetcher.archives import UnpackLimits
-from fetcher.credentials import fingerprint
 from fetcher.download import Source
-from fetcher.errors import (
-    AccessDenied,
-    InProgress,
-    InvalidArtifact,
-    ModelError,
-    NoSpace,
-    NotFound,
-    Unauthenticated,
-    Unavailable,
-)
-from fetcher.modelpack import Selection, read_model
+from fetcher.errors import InProgress, InvalidArtifact, ModelError, NoSpace
+from fetcher.modelpack import Selection
 from fetcher.oci import Digest
 from fetcher.policy import PullPolicy, ReferencePolicy
 from fetcher.proofs import Proofs
+from fetcher.resolution import Resolved, Resolver
 from fetcher.store.footprint import content_name, tree_name
 from fetcher.threads import run_stoppable
 
@@ -45,10 +38,12 @@ if TYPE_CHECKING:
 
     from fetcher.credentials import Keychain
     from fetcher.jobs import Job, Jobs
-    from fetcher.modelpack import Layer, Model
-    from fetcher.oci import Manifest, Reference
-    from fetcher.registry import Named, Registry
+    from fetcher.modelpack import Layer
+    from fetcher.oci import Reference
+    from fetcher.registry import Registry
     from fetcher.store import ModelTree, Store
+
+__all__ = ["JoinedPull", "Progress", "Pull", "PullSettings", "Pulls", "Resolved"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +66,6 @@ class PullSettings:
     """Seconds in which a registry that could be done without has to give its word."""
     references: ReferencePolicy = field(default_factory=ReferencePolicy)
     """What may be pulled at all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A model that the registry let these credentials read."""
-
-    reference: Reference
-    """With the digest of the manifest."""
-    model: Model
-    keychain: Keychain = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +189,6 @@ class Pulls:
     ) -> None:
         """Pulls run in ``nursery``."""
         self._store = store
-        self._registry = registry
         self._jobs = jobs
         self._settings = settings
         self._nursery = nursery
@@ -213,99 +197,19 @@ class Pulls:
             weakref.WeakValueDictionary()
         )
         self._proofs = Proofs(store.catalog, registry)
-        self._salt = store.catalog.salt()
+        self._resolver = Resolver(store, registry, settings.references, settings.proof)
 
     # -- resolve -----------------------------------------------------------------------------------
 
     def check(self, reference: Reference) -> None:
         """Raise :class:`AccessDenied` for a reference that the node's policy does not allow."""
-        self._settings.references.check(reference)
+        self._resolver.check(reference)
 
     async def resolve(
         self, reference: Reference, keychain: Keychain, policy: PullPolicy
     ) -> Resolved:
-        """The model that ``reference`` names, proven to be readable with ``keychain``.
-
-        Asks the registry as ``policy`` says. Without its word, a model is given only if the
-        registry gave this very digest to these same credentials before. Where it could be given, a
-        registry that does not answer costs a bounded time. Raises :class:`ModelError`, for a
-        reference that :meth:`check` refuses before anybody is asked.
-        """
-        self.check(reference)
-        credentials = await self._registry.credentials(reference, keychain)
-        proof = await fingerprint(credentials, self._salt)
-        if policy is PullPolicy.NEVER:
-            return self._recall(reference, keychain, proof, None)
-        patience = math.inf
-        if policy is PullPolicy.IF_NOT_PRESENT and self._known(reference, proof) is not None:
-            patience = self._settings.proof
-        try:
-            manifest, named = await self._ask(reference, keychain, patience)
-        except (Unauthenticated, AccessDenied):
-            # by tag or by digest: what is refused is the repository
-            self._store.catalog.remove_accesses(reference.name, proof)
-            raise
-        except Unavailable as error:
-            if policy is PullPolicy.ALWAYS:
-                raise
-            logger.warning("%s; looking into the store", error.message)
-            return self._recall(reference, keychain, proof, error)
-        model = read_model(manifest)
-        if self._store.catalog.manifest(named.digest) is None:
-            await self._store.rooms.check_records(len(manifest.body))
-        # what mirrors say of a registry that is away is for now
-        accepted = proof if named.by_registry else None
-        self._store.catalog.add_resolution(reference, named.digest, manifest, accepted)
-        return Resolved(reference.with_digest(named.digest), model, keychain)
-
-    async def _ask(
-        self, reference: Reference, keychain: Keychain, patience: float
-    ) -> tuple[Manifest, Named]:
-        """The model's manifest, and what the registry names for the reference.
-
-        A manifest that came from this name before is not sent again: that the registry names its
-        digest to these credentials is the proof that is needed. One that came from another name is:
-        whoever knows a digest can name it. Raises :class:`Unavailable` where it is not named within
-        ``patience`` seconds.
-        """
-        with trio.move_on_after(patience) as waiting:
-            named = await self._registry.named(reference, keychain)
-        if waiting.cancelled_caught:
-            raise Unavailable(
-                f"{reference.registry} gave no answer about {reference} in {patience:g} s"
-            )
-        top = named.digest
-        if reference.digest is not None and top != reference.digest:
-            raise Unavailable(f"the registry answered for {reference} with another digest, {top}")
-        catalog = self._store.catalog
-        known = catalog.manifest(top) if catalog.is_below(reference.name, top) else None
-        if known is None:
-            known, _ = await self._registry.resolve_model(reference.with_digest(top), keychain)
-        return known, named
-
-    def _recall(
-        self, reference: Reference, keychain: Keychain, proof: str, error: Unavailable | None
-    ) -> Resolved:
-        known = self._known(reference, proof)
-        if known is not None:
-            manifest, top = known
-            return Resolved(reference.with_digest(top), read_model(manifest), keychain)
-        if error is not None:
-            raise error
-        raise NotFound(
-            f"{reference} is not in the store for these credentials, and its pull policy is Never: "
-            "pull it first, or choose another policy",
-            reference=reference,
-        )
-
-    def _known(self, reference: Reference, proof: str) -> tuple[Manifest, Digest] | None:
-        """What the store can say of a reference to credentials that were accepted for it before."""
-        catalog = self._store.catalog
-        digest = reference.digest or catalog.resolved(reference)
-        manifest = catalog.manifest(digest) if digest is not None else None
-        if digest is None or manifest is None or not catalog.accepted(reference, digest, proof):
-            return None
-        return manifest, digest
+        """The model, proven to be readable with ``keychain``; see :class:`Resolver`."""
+        return await self._resolver.resolve(reference, keychain, policy)
 
     # -- pull --------------------------------------------------------------------------------------
 
