@@ -87,7 +87,7 @@ class Config:
         ),
     ] = 4 * values.MIB
     connections: Annotated[
-        int, Rule("parallel connections of one pull to its registry", values.check_connections)
+        int, Rule("parallel connections of all pulls of the node", values.check_connections)
     ] = 8
     stall_timeout: Annotated[
         float,

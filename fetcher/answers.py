@@ -55,8 +55,6 @@ class Piece:
     size: int
     """Of the blob."""
     wanted: Range
-    ranged: bool = True
-    """Whether to ask for a range; without, ``wanted`` is the whole blob."""
 
 
 class Sink(Protocol):
@@ -187,7 +185,7 @@ class BlobExchange:
             raise self._wrong("compressed its answer without having been asked to")
         if length not in (None, piece.size):
             raise self._wrong(f"announced {length} bytes for a blob of {piece.size}")
-        if piece.ranged and piece.wanted != Range(0, piece.size) and not self._sink.whole():
+        if not self._sink.whole():
             raise RangeIgnored(f"{self._host} ignores ranges", registry=self._host)
         self._left = piece.size
 
@@ -199,9 +197,6 @@ class BlobExchange:
         except Unavailable as error:
             raise self._wrong(f"sent a range that is none: {error.message}") from error
         right = got.start == wanted.start and got.stop <= wanted.stop and whole in (None, size)
-        if not self._piece.ranged:
-            # nobody asked for a part, and the next answer would be the same one
-            right = got == wanted
         if not right:
             raise self._wrong(
                 f"answered with bytes {got.start} to {got.stop} of {whole}, not with "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import logging
+import math
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -27,11 +28,9 @@ from fetcher.errors import (
 )
 from fetcher.ranges import Range, aligned
 from fetcher.sources import BlobSources, Choice
-from fetcher.threads import run_stoppable
-from fetcher.transport import Connection, TransferSettings
+from fetcher.transport import LEAST_SPEED, TransferSettings
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterable
 
     from fetcher.credentials import Keychain
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from fetcher.oci import Reference
     from fetcher.registry import Registry
     from fetcher.store.blobs import ChunkSink, PartialBlob
+    from fetcher.transfers import Slot, Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -69,47 +69,31 @@ class Source:
     keychain: Keychain = field(repr=False)
 
 
-class Transfers:
-    """The node's connections, of which so many are used at one time. Of the trio thread."""
-
-    def __init__(self, settings: DownloadSettings) -> None:
-        self.settings = settings
-        self._slots = trio.CapacityLimiter(settings.connections)
-        self._idle: list[Connection] = []
-
-    async def run(self, work: Callable[[Connection, threading.Event], None]) -> None:
-        """Run ``work`` in a thread with one of the connections, once one is free."""
-        async with self._slots:
-            connection = self._idle.pop() if self._idle else Connection(self.settings.transfer)
-            try:
-                await run_stoppable(lambda stop: work(connection, stop))
-            finally:
-                self._idle.append(connection)
-
-    def close(self) -> None:
-        """Close idle connections, once nothing is fetched any more."""
-        while self._idle:
-            self._idle.pop().close()
-
-
 class Wanted(Protocol):
     """What is fetched, and from where; :class:`fetcher.jobs.Job` is one."""
 
     layer: Layer
-    source: Source
-    """May change while the blob is fetched: who asks later may have newer credentials."""
+
+    @property
+    def source(self) -> Source:
+        """Changes while the blob is fetched: who asks later may have newer credentials."""
+
+    def give_up(self, source: Source) -> bool:
+        """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
 
 
 class Download:
     """The fetching of one blob."""
 
-    def __init__(self, wanted: Wanted, registry: Registry, transfers: Transfers) -> None:
+    def __init__(
+        self, wanted: Wanted, registry: Registry, transfers: Transfers, settings: DownloadSettings
+    ) -> None:
         self._wanted = wanted
         self._blob = wanted.layer.descriptor
         self._registry = registry
         self._transfers = transfers
-        self._settings = transfers.settings
-        self._sources = BlobSources(registry.health)
+        self._settings = settings
+        self._sources = BlobSources(registry.health, settings.attempts)
         self._ranging: set[str] = set()
         """Hosts that answered a range of this blob with that range."""
         self._probe: trio.Event | None = None
@@ -146,7 +130,20 @@ class Download:
                 self._blob.digest,
                 ", ".join(liars),
             )
-        return bool(liars)
+        return bool(liars) or self._move_on(self._wanted.source)
+
+    def _move_on(self, source: Source) -> bool:
+        """Whether somebody else who asked for the blob named another source of it."""
+        moved = self._wanted.give_up(source)
+        if moved:
+            logger.info(
+                "blob %s is asked for at %s instead of %s",
+                self._blob.digest,
+                self._wanted.source.reference.name,
+                source.reference.name,
+            )
+            self._sources.moved()
+        return moved
 
     async def _fetch_ranges(self, partial: PartialBlob) -> None:
         """Fetch what is missing in ranges, several at a time."""
@@ -190,25 +187,43 @@ class Download:
                     return
                 # taken now, not before: the first request is to be for the first piece
                 sink = partial.sink(pieces.popleft())
-            await self._try(sink, turn, tries)
+            await self._try(sink, turn, tries, functools.partial(_moved, sink, sink.remaining))
 
     async def _fetch_whole(self, partial: PartialBlob, turn: _Turn, tries: _Tries) -> None:
-        """Take the whole blob in one answer, from a server that knows no ranges."""
+        """Take what is missing in one answer, from a server that did not know ranges.
+
+        It may know them by now, as a cache does that has the whole blob: the rest is asked for.
+        """
         logger.info(
             "%s ignores ranges: blob %s comes over one connection",
             turn.host.netloc,
             self._blob.digest,
         )
+
+        def progress() -> bool:
+            # an answer that starts at byte 0 each time may end before what is there
+            left = sum(len(one) for one in partial.missing())
+            least, tries.least = tries.least, min(left, tries.least)
+            return left < least
+
+        progress()
         try:
-            # after a cut such a server starts at byte 0, and so does the sink
-            await self._try(partial.sink(Range(0, self._blob.size)), turn, tries)
+            await self._try(partial.rest(), turn, tries, progress)
         except ModelError as error:
             self._failure = error
 
     async def _turn(self, partial: PartialBlob, tries: _Tries) -> _Turn:
         """Whom to ask next; while somebody else asks for a first range, only who has given one."""
         while True:
-            hosts = await self._registry.hosts(self._wanted.source.reference)
+            source = self._wanted.source
+            if source.reference.name != tries.name:
+                tries.name, tries.failures, tries.renew = source.reference.name, 0, None
+            try:
+                hosts = await self._registry.hosts(source.reference)
+            except ModelError:
+                if not self._move_on(source):
+                    raise
+                continue
             by_base = {one.base: one for one in (*hosts.able("pull"), hosts.server)}
             self._server = hosts.server.base
             begun = partial.done / max(self._blob.size, 1)
@@ -223,7 +238,7 @@ class Download:
                     await probe.wait()
                     continue
             # no checkpoint from here to where a probe begins: one is enough
-            return _Turn(by_base[choice.host], whole=choice.whole)
+            return _Turn(by_base[choice.host], source, whole=choice.whole)
 
     def _choose(self, bases: Iterable[str], begun: float) -> Choice:
         mirrors = [base for base in bases if base != self._server]
@@ -233,11 +248,14 @@ class Download:
         """Whether a range may be asked for at once, as one was answered before."""
         return choice.host in self._ranging and not choice.whole and not choice.wait
 
-    async def _try(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> None:
+    async def _try(
+        self, sink: ChunkSink, turn: _Turn, tries: _Tries, progress: Callable[[], bool]
+    ) -> None:
         """One request to the host whose turn it is. Raises what ends the download.
 
         A mirror's failure is none: the next turn is another's. The registry's own is waited out as
-        often as the settings say.
+        often as the settings say, and then the next source is asked. ``progress`` tells whether
+        the request has brought anything.
         """
         host, before, started = turn.host, sink.remaining, trio.current_time()
         renew, tries.renew = tries.renew == host.base, None
@@ -245,7 +263,11 @@ class Download:
             await self._ask(sink, turn, tries, renew=renew)
             self._registry.health.succeeded(host.base)
         except RangeIgnored:
-            self._registry.health.ignored_range(host.base, trio.current_time())
+            if host.base in self._ranging and tries.ignored != host.base:
+                # it has answered ranges of this blob: one stray answer is not worth all the bytes
+                tries.ignored = host.base
+            else:
+                self._registry.health.ignored_range(host.base, trio.current_time())
         except (Unauthenticated, AccessDenied, NotFound, WrongAnswer, InvalidRequest) as error:
             refused = isinstance(error, Unauthenticated | AccessDenied)
             if refused and not (renew and sink.remaining == before):
@@ -255,47 +277,84 @@ class Download:
                 logger.info("%s; asking another host", error.message)
                 self._sources.lacks(host.base)
             else:
-                await self._endure(error, sink.remaining != before, tries)
+                await self._endure(error, turn, tries, progress=progress())
         except Unavailable as error:
             if host.mirror:
                 self._rest(host, error, started)
             else:
-                await self._endure(error, sink.remaining != before, tries)
-        finally:
-            if sink.remaining != before:
-                self._sources.brought(host.base)
+                await self._endure(error, turn, tries, progress=progress())
 
     def _rest(self, host: Host, error: Unavailable, started: float) -> None:
         """Let a mirror that failed be for a while."""
         now = trio.current_time()
-        seconds = self._registry.health.failed(host.base, now, started, error.retry_after)
+        seconds = self._sources.failed(host.base, now, started, error.retry_after)
         logger.info("%s; not asked again for %.0f s", error.message, seconds)
 
     async def _ask(self, sink: ChunkSink, turn: _Turn, tries: _Tries, *, renew: bool) -> None:
-        source, blob, host = self._wanted.source, self._blob, turn.host
-        probe = None
-        if not turn.whole and host.base not in self._ranging:
-            if tries.probe is None:
-                tries.probe = self._probe = trio.Event()
-            # with no other request under way, the whole of a blob is as good as its first range
-            alone = not self._ranging
-            probe = _Probe(sink, alone, functools.partial(self._answered, host.base, tries))
+        source, blob, host, before = turn.source, self._blob, turn.host, sink.remaining
+        probe = self._probe_for(sink, turn, tries)
         try:
             access = await self._registry.blob_access(
                 source.reference, blob.digest, source.keychain, host=host, renew=renew
             )
-            piece = Piece(blob.digest, blob.size, sink.remaining, ranged=not turn.whole)
-            await self._transfers.run(
-                lambda connection, stop: connection.fetch(access, piece, probe or sink, stop)
-            )
+
+            async def transfer(slot: Slot) -> None:
+                fresh = access
+                if slot.queued:
+                    # a token may have expired meanwhile; one that has not is kept
+                    fresh = await self._registry.blob_access(
+                        source.reference, blob.digest, source.keychain, host=host
+                    )
+                if probe is not None:
+                    slot.keep = lambda: probe.is_whole
+                piece = Piece(blob.digest, blob.size, sink.remaining)
+                await slot.fetch(fresh, piece, probe or sink)
+
+            group = f"{source.reference.registry} {host.base}"
+            stopped = await self._transfers.run(group, transfer)
+            if stopped is None:
+                tries.silent = 0.0
+            else:
+                self._judge_pace(host, abs(sink.remaining.start - before.start), stopped, tries)
         finally:
+            if sink.remaining != before:
+                self._sources.brought(host.base)
             if probe is not None and probe.took_whole:
                 self._void = True
                 self._registry.health.ignored_range(host.base, trio.current_time())
 
+    def _probe_for(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> _Probe | None:
+        """What goes before the sink while it is not known how the host answers ranges."""
+        base = turn.host.base
+        if turn.whole:
+            return _Probe(sink, functools.partial(self._answered, base, tries), may_restart=True)
+        if base in self._ranging:
+            return None
+        if tries.probe is None:
+            tries.probe = self._probe = trio.Event()
+        # with nothing there and no other request under way, all is as good as the first range
+        alone = not self._ranging and not sink.remaining.start
+        return _Probe(sink, functools.partial(self._answered, base, tries), may_restart=alone)
+
+    def _judge_pace(self, host: Host, got: int, seconds: float, tries: _Tries) -> None:
+        """Of a request that was stopped to make room for others: no failure, unless the host was
+        as silent as one that is given up. Raises :class:`Unavailable` then.
+        """
+        tries.silent = 0.0 if got else tries.silent + seconds
+        patience = self._settings.transfer.stall_timeout
+        dull = host.mirror and got < LEAST_SPEED * seconds
+        if dull or tries.silent >= patience:
+            tries.silent = 0.0
+            raise Unavailable(
+                f"fetching blob {self._blob.digest}: {host.netloc} sent {got} bytes in "
+                f"{seconds:.0f} s",
+                registry=host.netloc,
+            )
+
     def _answered(self, host: str, tries: _Tries) -> None:
         """A range has arrived: more of them may be asked for at the same time."""
         self._ranging.add(host)
+        self._registry.health.answered_range(host)
         self._end_probe(tries)
 
     def _end_probe(self, tries: _Tries) -> None:
@@ -303,11 +362,18 @@ class Download:
             tries.probe.set()
             self._probe = tries.probe = None
 
-    async def _endure(self, error: ModelError, progress: bool, tries: _Tries) -> None:
-        """Wait before the registry is asked again; raises ``error`` when it has been enough."""
+    async def _endure(
+        self, error: ModelError, turn: _Turn, tries: _Tries, *, progress: bool
+    ) -> None:
+        """Wait before the registry is asked again; where it has been enough, go on with the next
+        source, or raise ``error``.
+        """
         settings = self._settings
         tries.failures = 1 if progress else tries.failures + 1
         if not isinstance(error, Unavailable) or tries.failures >= settings.attempts:
+            if self._move_on(turn.source):
+                tries.failures = 0
+                return
             raise error
         pause = min(settings.first_backoff * 2 ** (tries.failures - 1), settings.longest_backoff)
         pause *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
@@ -317,11 +383,16 @@ class Download:
         await trio.sleep(pause)
 
 
+def _moved(sink: ChunkSink, since: Range) -> bool:
+    return sink.remaining != since
+
+
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """Who is asked, and whether for the whole blob."""
+    """Who is asked, for whom, and whether for all that is missing."""
 
     host: Host
+    source: Source
     whole: bool = False
 
 
@@ -331,6 +402,14 @@ class _Tries:
 
     failures: int = 0
     """Of the registry, in a row, without a byte between them."""
+    name: str = ""
+    """Of the source that failed so often."""
+    least: float = math.inf
+    """The fewest bytes that were missing so far."""
+    silent: float = 0.0
+    """Seconds without a byte, in requests that were stopped to make room for others."""
+    ignored: str | None = None
+    """A host that answered a range with the whole, though it knows ranges."""
     renew: str | None = None
     """The host that refused us, and is to be asked whether it still does."""
     probe: trio.Event | None = None
@@ -342,26 +421,32 @@ class _Replan(Exception):
 
 
 class _Probe:
-    """A sink that tells the trio thread when the first bytes of a range arrive."""
+    """A sink that finds out how a host answers ranges, and tells the trio thread."""
 
-    def __init__(self, sink: ChunkSink, alone: bool, answered: Callable[[], None]) -> None:
-        """``answered`` is called once, in the trio thread; ``alone`` says that nobody else writes
-        to the blob meanwhile.
+    def __init__(self, sink: ChunkSink, answered: Callable[[], None], *, may_restart: bool) -> None:
+        """``answered`` is called once, in the trio thread, when the first bytes of a range arrive;
+        ``may_restart`` says that the whole blob will do, as nobody else writes to it meanwhile.
         """
         self._sink = sink
-        self._alone = alone
+        self._may_restart = may_restart
         self._answered = answered
         self._token = trio.lowlevel.current_trio_token()
+        self.is_whole = False
+        """The blob comes from its first byte on, and would again."""
         self.took_whole = False
+        """It does so though a part was asked for."""
         self._told = False
 
     def whole(self) -> bool:
-        # no range: what follows comes over this connection alone
-        self.took_whole = self._alone and self._sink.whole()
-        return self.took_whole
+        if self._sink.whole():
+            self.is_whole = True
+        elif self._may_restart:
+            self._sink.restart()
+            self.is_whole = self.took_whole = True
+        return self.is_whole
 
     def __call__(self, data: bytes) -> bool:
-        if not self.took_whole and not self._told:
+        if not self._told and not self.is_whole:
             self._told = True
             self._token.run_sync_soon(self._answered)
         return self._sink(data)

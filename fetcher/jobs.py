@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fetcher.download import Download, DownloadSettings, Source, Transfers
+from fetcher.download import Download, DownloadSettings, Source
 from fetcher.errors import DigestMismatch, InProgress, ModelError
+from fetcher.ranges import Range
 from fetcher.threads import run_stoppable
+from fetcher.transfers import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +40,12 @@ class Job:
 
     def __init__(self, layer: Layer, source: Source, previous: Job | None) -> None:
         self.layer = layer
-        self.source = source
-        """Where it is fetched from: the source of who joined last, as credentials expire."""
+        self._sources = {source.reference.name: source}
+        """Of everybody who asked, by the model's name; those that failed come to the end."""
+        self.fresh = False
+        """Whether nothing of the blob was there when it began."""
+        self._failed: set[str] = set()
+        """The names of sources that are of no use, until somebody offers one anew."""
         self.previous = previous
         """A job of the same blob that was told to stop and may not have ended yet."""
         self.waiters = 0
@@ -55,6 +61,35 @@ class Job:
         if self.complete:
             return self.layer.descriptor.size
         return self.partial.done if self.partial else 0
+
+    @property
+    def source(self) -> Source:
+        """Where it is fetched from at present."""
+        usable = (one for name, one in self._sources.items() if name not in self._failed)
+        return next(usable, next(iter(self._sources.values())))
+
+    @property
+    def only_name(self) -> str | None:
+        """The name below which all of the blob was fetched; None where it may have been others."""
+        [name, *others] = self._sources
+        return name if self.fresh and not others else None
+
+    def offer(self, source: Source) -> None:
+        """Fetch from there too: with newer credentials for a name that is known, as they expire,
+        and else where all that were offered before fail.
+        """
+        name = source.reference.name
+        self._failed.discard(name)
+        self._sources[name] = source
+
+    def give_up(self, source: Source) -> bool:
+        """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
+        name = source.reference.name
+        if self._sources[name] is source:
+            self._failed.add(name)
+            # to the end, behind those that were not tried
+            self._sources[name] = self._sources.pop(name)
+        return self.source.reference.name not in self._failed
 
     async def wait(self) -> None:
         """Wait until the blob is complete. Raises what the job failed with."""
@@ -77,7 +112,8 @@ class Jobs:
         self._store = store
         self._registry = registry
         self._nursery = nursery
-        self._transfers = Transfers(settings)
+        self._settings = settings
+        self._transfers = Transfers(settings.connections, settings.transfer)
         self._jobs: dict[Digest, Job] = {}
 
     @contextlib.contextmanager
@@ -91,7 +127,7 @@ class Jobs:
             job = Job(layer, source, previous=job)
             self._jobs[digest] = job
             self._nursery.start_soon(self._run, job, name=f"job {digest.short}")
-        job.source = source
+        job.offer(source)
         job.waiters += 1
         try:
             yield job
@@ -126,11 +162,14 @@ class Jobs:
         """Fetch, verify, synchronise, record."""
         store, layer = self._store, job.layer
         digest = layer.descriptor.digest
-        download = Download(job, self._registry, self._transfers)
+        download = Download(job, self._registry, self._transfers, self._settings)
         while not store.has_bytes(layer):
             # in a thread: it reads the headers of what there is of a tar
             partial = await run_stoppable(lambda _: store.open_partial(layer))
-            resumed = partial.done > 0
+            size = layer.descriptor.size
+            # a begun chunk counts too; of an empty blob nothing can be there
+            resumed = size > 0 and partial.missing() != [Range(0, size)]
+            job.fresh = not resumed
             job.partial = partial
             try:
                 right = await self._fetch_and_verify(download, partial)

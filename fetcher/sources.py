@@ -79,6 +79,12 @@ class Health:
         """The host answered the whole where a range was asked for."""
         self._of(host).without_ranges_until = now + _WITHOUT_RANGES
 
+    def answered_range(self, host: str) -> None:
+        """The host answered a range with that range."""
+        known = self._hosts.get(host)
+        if known is not None:
+            known.without_ranges_until = float("-inf")
+
     def left(self, registry: str, now: float) -> None:
         """The registry cannot be reached."""
         self._of(registry).away_until = now + _AWAY
@@ -126,8 +132,12 @@ class BlobSources:
     """The sources of one blob that is being fetched."""
 
     health: Health
+    attempts: int = 6
+    """Failures in a row, without a byte between them, after which a mirror is given up."""
     _lacking: set[str] = field(default_factory=set)
     _contributors: set[str] = field(default_factory=set)
+    _failures: dict[str, int] = field(default_factory=dict)
+    _failed_at: dict[str, float] = field(default_factory=dict)
 
     def choose(self, mirrors: Sequence[str], registry: str, now: float, begun: float) -> Choice:
         """The next host to ask; ``begun`` is the part of the blob that is there.
@@ -156,9 +166,30 @@ class BlobSources:
         """The blob is not to be had there, whatever the reason."""
         self._lacking.add(host)
 
+    def failed(
+        self, mirror: str, now: float, started: float, retry_after: float | None = None
+    ) -> float:
+        """A request for this blob failed by the mirror's fault. How long the mirror rests.
+
+        One that fails again and again at this blob, and at this blob only, would be waited for
+        without end.
+        """
+        if started >= self._failed_at.get(mirror, float("-inf")):
+            self._failed_at[mirror] = now
+            self._failures[mirror] = self._failures.get(mirror, 0) + 1
+            if self._failures[mirror] >= self.attempts:
+                self.lacks(mirror)
+        return self.health.failed(mirror, now, started, retry_after)
+
     def brought(self, host: str) -> None:
         """Some of the bytes came from there."""
         self._contributors.add(host)
+        self._failures.pop(host, None)
+
+    def moved(self) -> None:
+        """The blob is asked for by another name: what mirrors lacked, they may have by that one."""
+        self._lacking.clear()
+        self._failures.clear()
 
     def distrust(self, registry: str, now: float) -> list[str]:
         """What came was wrong: the mirrors that may have sent it, which are asked no more.

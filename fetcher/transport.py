@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _BUFFER_BYTES: Final = 512 * 1024
 _LOOK_UP_SECONDS: Final = 0.2
-_LEAST_SPEED: Final = 4096
+LEAST_SPEED: Final = 4096
 """Bytes per second below which a host that gets little time counts as silent."""
 
 
@@ -98,8 +98,7 @@ class Connection:
         """One request and its answer."""
         self._curl.reset()
         self._prepare(access, hop, exchange)
-        if piece.ranged:
-            self._curl.setopt(pycurl.RANGE, piece.wanted.http)
+        self._curl.setopt(pycurl.RANGE, piece.wanted.http)
         try:
             problem = self._run(stop)
         finally:
@@ -154,7 +153,7 @@ class Connection:
         connect = min(settings.connect_timeout, access.connect_timeout or settings.connect_timeout)
         stall = min(settings.stall_timeout, access.stall_timeout or settings.stall_timeout)
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, int(connect * 1000)))
-        curl.setopt(pycurl.LOW_SPEED_LIMIT, 1 if access.stall_timeout is None else _LEAST_SPEED)
+        curl.setopt(pycurl.LOW_SPEED_LIMIT, 1 if access.stall_timeout is None else LEAST_SPEED)
         curl.setopt(pycurl.LOW_SPEED_TIME, max(1, round(stall)))
         curl.setopt(pycurl.HEADERFUNCTION, exchange.take_header)
         curl.setopt(pycurl.WRITEFUNCTION, exchange.take_body)

@@ -94,6 +94,13 @@ class PartialBlob:
         """
         return ChunkSink(self, wanted)
 
+    def rest(self) -> ChunkSink:
+        """A writer for everything from the first missing byte on, of which there is one.
+
+        What is there behind it is passed over. Nobody else may write to the blob meanwhile.
+        """
+        return ChunkSink(self, Range(self.missing()[0].start, self.size))
+
     def fill(self, number: int) -> tuple[int, bool]:
         """How many bytes of a chunk that is not there have been written, and whether framed."""
         return self._chunks.fill(number)
@@ -262,11 +269,15 @@ class ChunkSink:
         return Range(self._position, self._stop)
 
     def whole(self) -> bool:
-        """Take the rest of the blob too, if this is where the blob starts and nothing came yet."""
-        if self._position:
-            return False
-        self._stop = self._blob.size
-        return True
+        """Whether the whole blob is what is wanted, so that it will do."""
+        return self._position == 0 and self._stop == self._blob.size
+
+    def restart(self) -> None:
+        """Take the whole blob from its first byte, for an answer that knows no ranges.
+
+        Nobody else may write to the blob meanwhile.
+        """
+        self._position, self._stop = 0, self._blob.size
 
     def __call__(self, data: bytes) -> bool:
         """Take the next bytes; false if they go beyond what was wanted.

@@ -6,8 +6,10 @@ Requests pass through unchanged, answers too, but for what :class:`Faults` says 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
+import json
 import re
 import socket
 import socketserver
@@ -43,6 +45,11 @@ class Faults:
     corrupt_at: int | None = None
     """Flip a bit of the byte at this offset of the blob."""
     ignore_range: bool = False
+    wholes: list[int] = field(default_factory=list)
+    """In turn, offsets: the next range that starts there or behind is ignored, once."""
+    strict_tokens: bool = False
+    """Refuse bearer tokens at the very second; the registry itself allows for clocks that differ.
+    """
     statuses: list[int] = field(default_factory=list)
     """Statuses that the next blob requests get in turn instead of an answer."""
     stall: threading.Event | None = None
@@ -174,6 +181,15 @@ class Proxy(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away in the middle are what these tests are about."""
 
+    def ignores(self, asked: str | None) -> bool:
+        """Whether this range is answered with the whole blob."""
+        wholes = self.faults.wholes
+        start = re.match(r"bytes=(\d+)-", asked or "")
+        if wholes and start is not None and int(start[1]) >= wholes[0]:
+            wholes.pop(0)
+            return True
+        return self.faults.ignore_range
+
     def take_cut(self) -> int | None:
         """After how many bytes this answer is to be cut."""
         faults = self.faults
@@ -216,11 +232,13 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.server.accepts(self.path):
                 self._answer_status(403)
                 return
+        dropped = set(_HOP_BY_HOP)
+        if is_blob and self.server.ignores(self.headers.get("Range")):
+            dropped.add("range")
+        if faults.strict_tokens and _is_expired(self.headers.get("Authorization", "")):
+            dropped.add("authorization")
         headers = {
-            name: value
-            for name, value in self.headers.items()
-            if name.lower() not in _HOP_BY_HOP
-            and not (is_blob and faults.ignore_range and name.lower() == "range")
+            name: value for name, value in self.headers.items() if name.lower() not in dropped
         }
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
         try:
@@ -298,6 +316,16 @@ class _Handler(BaseHTTPRequestHandler):
         """End the connection as a broken line does: what is on its way is lost."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
+
+
+def _is_expired(authorization: str) -> bool:
+    """Whether this is a JWT that is good no more."""
+    scheme, _, token = authorization.partition(" ")
+    if scheme != "Bearer":
+        return False
+    claims = token.split(".")[1]
+    told = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
+    return float(told["exp"]) < time.time()
 
 
 def _corrupted(piece: bytes, offset: int, at: int | None) -> bytes:

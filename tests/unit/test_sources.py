@@ -72,6 +72,46 @@ def test_a_host_without_ranges_is_asked_for_the_whole_at_the_start_only() -> Non
     assert choose(sources, 601) == Choice(HOME)
 
 
+def test_a_host_that_answers_a_range_knows_ranges() -> None:
+    health = Health()
+    health.ignored_range(HOME, now=0)
+    assert not health.knows_ranges(HOME, 1)
+    health.answered_range(HOME)
+    assert health.knows_ranges(HOME, 1)
+
+
+def test_a_mirror_that_fails_at_this_blob_only_is_given_up_for_it() -> None:
+    """Other blobs come from there, and the registry is away: it would be waited for for ever."""
+    health = Health()
+    sources = BlobSources(health, attempts=3)
+    now = 0.0
+    asked: list[str] = []
+    sources.lacks("two")
+    while len(asked) < 10:
+        health.left(HOME, now)
+        choice = choose(sources, now, begun=0.5)
+        if not choice.wait:
+            asked.append(choice.host)
+        if choice.host == HOME and not choice.wait:
+            break
+        began, now = now, now + max(choice.wait, 0.1)
+        if choice.host == "one":
+            sources.failed("one", now, began)
+            sources.failed("one", now, began)  # of the same moment
+            health.succeeded("one")
+    assert asked == ["one"] * 3 + [HOME]
+    sources.moved()
+    assert choose(sources, now + 60).host == "one"
+
+
+def test_a_byte_makes_good_for_failures() -> None:
+    sources = BlobSources(Health(), attempts=2)
+    for now in range(0, 1000, 100):
+        sources.failed("one", now, now)
+        sources.brought("one")
+    assert choose(sources, 2000) == Choice("one")
+
+
 def test_a_registry_that_is_away_is_worth_a_short_wait_for_a_mirror() -> None:
     health = Health()
     sources = BlobSources(health)

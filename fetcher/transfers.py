@@ -1,0 +1,181 @@
+"""The node's connections, dealt out so that no registry keeps another one waiting.
+
+A slot is held for one request, and given to whom has fewest of them. A request that takes long is
+stopped only while somebody waits who has less than his share, and asked again later from the byte
+where it stopped. What would then start at its first byte goes on beside the slots instead.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fetcher.threads import run_stoppable
+from fetcher.transport import Connection, TransferSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from fetcher.answers import Piece, Sink
+    from fetcher.registry import BlobAccess
+
+_SLICE_SECONDS: Final = 5.0
+"""How long a slot is held undisturbed, whoever waits: opening a connection costs its part of it."""
+
+_MOST_BESIDE: Final = 32
+"""Requests that go on beside the slots; each has buffers of half a megabyte."""
+
+_CLOSE_SECONDS: Final = 2.0
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """The right to one request, for whoever belongs to ``group``."""
+
+    group: str
+    since: float
+    connection: Connection
+    queued: bool = False
+    """Whether it had to be waited for."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    keep: Callable[[], bool] = field(default=lambda: False)
+    """Whether what came would come again, were the request stopped now."""
+    beside: bool = False
+    """It does not count any more."""
+
+    async def fetch(self, access: BlobAccess, piece: Piece, sink: Sink) -> None:
+        """See :meth:`fetcher.transport.Connection.fetch`."""
+        await run_stoppable(lambda stop: self.connection.fetch(access, piece, sink, stop))
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it was told to make room."""
+        return self.scope.cancel_called
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    group: str
+    granted: trio.Event = field(default_factory=trio.Event)
+    slot: Slot | None = None
+    promised: Slot | None = None
+    """A slot that was told to make room for it."""
+
+
+class Transfers:
+    """The node's connections, of which so many are used at one time. Of the trio thread."""
+
+    def __init__(self, connections: int, settings: TransferSettings) -> None:
+        self._connections = connections
+        self._settings = settings
+        self._slots: set[Slot] = set()
+        self._queue: list[_Waiter] = []
+        self._idle: list[Connection] = []
+
+    async def run(self, group: str, work: Callable[[Slot], Awaitable[None]]) -> float | None:
+        """Do ``work`` with a slot, once there is one for ``group``.
+
+        Returns after how many seconds it was stopped to make room for others; None where it came
+        to its own end.
+        """
+        slot = await self._take(group)
+        try:
+            with slot.scope:
+                await work(slot)
+        finally:
+            self._release(slot)
+        return trio.current_time() - slot.since if slot.scope.cancelled_caught else None
+
+    async def _take(self, group: str) -> Slot:
+        if not self._queue and self._is_free():
+            return self._give(group)
+        waiter = _Waiter(group)
+        self._queue.append(waiter)
+        try:
+            while waiter.slot is None:
+                with trio.move_on_after(self._make_room(waiter)):
+                    await waiter.granted.wait()
+        except trio.Cancelled:
+            if waiter.slot is not None:
+                self._release(waiter.slot)
+            raise
+        finally:
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+        return waiter.slot
+
+    def _give(self, group: str, *, queued: bool = False) -> Slot:
+        connection = self._idle.pop() if self._idle else Connection(self._settings)
+        slot = Slot(group, trio.current_time(), connection, queued)
+        self._slots.add(slot)
+        return slot
+
+    def _release(self, slot: Slot) -> None:
+        self._slots.remove(slot)
+        self._idle.append(slot.connection)
+        self._deal()
+
+    def _is_free(self) -> bool:
+        return sum(not slot.beside for slot in self._slots) < self._connections
+
+    def _deal(self) -> None:
+        """Give free slots to those groups that have fewest, to each in the order of coming."""
+        while self._queue and self._is_free():
+            held = collections.Counter(slot.group for slot in self._slots if not slot.beside)
+            waiter = min(self._queue, key=lambda one: held[one.group])
+            self._queue.remove(waiter)
+            waiter.slot = self._give(waiter.group, queued=True)
+            waiter.granted.set()
+
+    def _make_room(self, waiter: _Waiter) -> float:
+        """Have a slot freed, if this group has less than its share; when to look again, seconds."""
+        if waiter.promised in self._slots:
+            return _SLICE_SECONDS
+        now = trio.current_time()
+        shares = self._shares()
+        mine = shares[waiter.group]
+        candidates = [
+            slot
+            for slot in self._slots
+            if not (slot.beside or slot.is_leaving or slot.group == waiter.group)
+            # one slot for everybody in turn; more only where that makes shares more equal
+            and (mine == 0 or shares[slot.group] > mine + 1)
+        ]
+        due = [slot for slot in candidates if slot.since + _SLICE_SECONDS <= now]
+        if not due:
+            return min(
+                (slot.since + _SLICE_SECONDS - now for slot in candidates), default=_SLICE_SECONDS
+            )
+        victim = max(due, key=lambda slot: (shares[slot.group], -slot.since))
+        if victim.keep() and sum(slot.beside for slot in self._slots) < _MOST_BESIDE:
+            victim.beside = True
+            self._deal()
+            return 0.0
+        victim.scope.cancel()
+        waiter.promised = victim
+        return _SLICE_SECONDS
+
+    def _shares(self) -> collections.Counter[str]:
+        """How many slots each group has, or is to have as soon as they are free."""
+        held = [slot.group for slot in self._slots if not (slot.beside or slot.is_leaving)]
+        promised = [one.group for one in self._queue if one.promised in self._slots]
+        return collections.Counter(held + promised)
+
+    def close(self) -> None:
+        """Close idle connections, once nothing is fetched any more.
+
+        In threads, which are left behind where that takes long: libcurl waits for a look-up of a
+        name to end, and the loop may have other things to end.
+        """
+        closing = [threading.Thread(target=one.close, daemon=True) for one in self._idle]
+        self._idle.clear()
+        for thread in closing:
+            thread.start()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for thread in closing:
+            thread.join(max(0.0, deadline - time.monotonic()))
