@@ -38,10 +38,14 @@ async def keep_in_order(store: Store, interval: float = INTERVAL) -> None:
 
 
 async def collect(store: Store) -> None:
-    """Bring the store below its watermarks, as far as it can be. Raises :class:`ModelError`."""
+    """Bring the store below its watermarks, as far as it can be, and tidy its records.
+
+    Raises :class:`ModelError`.
+    """
     await store.rooms.settle()
     store.garbage.evict(store.garbage.by_watermarks())
     await store.garbage.empty_trash()
+    await store.garbage.tidy_records()
 
 
 async def _try(work: Callable[[], Awaitable[None]]) -> None:

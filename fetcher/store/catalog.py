@@ -176,6 +176,20 @@ class Catalog:
         ).fetchone()
         return top if row is None else Digest.parse(row[0])
 
+    def strays(self, before: float) -> list[Digest]:
+        """Models without a tree that nothing was resolved to since ``before``, in seconds since
+        the epoch.
+        """
+        rows = self._database.connection.execute(
+            "SELECT DISTINCT digest FROM manifests WHERE digest NOT IN "
+            "(SELECT digest FROM models UNION SELECT manifests.digest FROM manifests "
+            "JOIN tags ON tags.digest = top WHERE resolved >= ?1 UNION "
+            "SELECT manifests.digest FROM manifests JOIN accesses ON accesses.digest = top "
+            "WHERE accepted >= ?1)",
+            (before,),
+        )
+        return [Digest.parse(digest) for (digest,) in rows]
+
     @staticmethod
     def forget_blob(connection: sqlite3.Connection, digest: Digest) -> None:
         """Within a transaction: a blob is not complete any more."""

@@ -25,6 +25,7 @@ _CHECKPOINT_PAGES: Final = 128
 
 BALLAST_BYTES: Final = _CHECKPOINT_PAGES * 4096
 """Enough for the log until it is begun anew, in the place that it has then."""
+_INCREMENTAL: Final = 2
 _LITTLE: Final = 2 * BALLAST_BYTES
 _ENOUGH: Final = 32 * BALLAST_BYTES
 
@@ -70,7 +71,10 @@ class Database:
 
     def _prepare(self) -> None:
         execute = self.connection.execute
+        # before anything else, for a file that is new
+        execute("PRAGMA auto_vacuum = INCREMENTAL")
         execute("PRAGMA journal_mode = WAL")
+        execute(f"PRAGMA journal_size_limit = {BALLAST_BYTES}")
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA foreign_keys = ON")
         execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
@@ -86,6 +90,16 @@ class Database:
                 if version == 1:
                     upgrade_from_1(connection)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        (vacuum,) = execute("PRAGMA auto_vacuum").fetchone()
+        if vacuum != _INCREMENTAL:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Let the file of an earlier version be one that can shrink; or try again next time."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self.connection.execute("PRAGMA temp_store = MEMORY")
+            self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self.connection.execute("VACUUM")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -103,6 +117,23 @@ class Database:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             raise _translated(error, self._path) from error
+
+    def shrink(self) -> bool:
+        """Give the disk some of what the file has and does not need; whether there was anything.
+
+        A little is kept for what is written next. Never fails for a full disk.
+        """
+        (free,) = self.connection.execute("PRAGMA freelist_count").fetchone()
+        if free < _CHECKPOINT_PAGES:
+            return False
+        self._ballast.trim()
+        with contextlib.suppress(sqlite3.OperationalError):
+            # not `execute`, which would take the first step only: one page
+            self.connection.executescript(f"PRAGMA incremental_vacuum({_CHECKPOINT_PAGES})")
+            # the file is cut when the log was written back
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        (left,) = self.connection.execute("PRAGMA freelist_count").fetchone()
+        return bool(left < free)
 
     def close(self) -> None:
         """Close it; later use is a programming mistake."""

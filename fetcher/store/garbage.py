@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fetcher.errors import Conflict, InProgress, NoSpace, NotFound
+from fetcher.store.catalog import forget_model
 from fetcher.store.collection import EVERYTHING, HeldContent, HeldTree, Plan, plan
 from fetcher.store.disk import disk_error
 from fetcher.store.footprint import (
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
     """Model and selection of every tree that somebody outside of the store needs."""
 
 logger = logging.getLogger(__name__)
+
+_GRACE: Final = 120.0
+"""Seconds for which a model that was resolved is known, whatever becomes of it."""
 
 _SHOWN: Final = 10
 """Trees that a log line names."""
@@ -215,6 +220,37 @@ class Garbage:
             move(self._root, name, token, found)
         except OSError as error:
             raise disk_error(error, self._root / name) from error
+
+    # -- the records -------------------------------------------------------------------------------
+
+    async def tidy_records(self) -> None:
+        """Forget manifests that led to no tree, with what led to them, and give back the disk that
+        the records do not need any more.
+
+        A pull that failed leaves such a manifest, and so does whoever only resolves. What is
+        pinned, worked on, or begun stays, and what was resolved a moment ago. Raises
+        :class:`ModelError`.
+        """
+        # one at a time: each may have megabytes
+        while (stray := self._stray()) is not None:
+            with self._database.transaction() as connection:
+                forget_model(connection, stray)
+            await trio.lowlevel.checkpoint()
+        while self._database.shrink():
+            await trio.lowlevel.checkpoint()
+
+    def _stray(self) -> Digest | None:
+        strays = self._catalog.strays(time.time() - _GRACE)
+        if not strays:
+            return None
+        wanted = {digest for digest, _ in self.pinned()}
+        wanted.update(tree[0] for name in self._space.holding() if (tree := tree_of(name)))
+        used = set().union(*self._holdings.uses().values())
+        for digest in strays:
+            layers = {content_name(layer) for layer in self._catalog.layers(digest)}
+            if digest not in wanted and not self._holdings.get(layers - used):
+                return digest
+        return None
 
     # -- the trash ---------------------------------------------------------------------------------
 

@@ -74,7 +74,8 @@ class Orphans:
         return sum(measured.bytes for measured in (await self._find()).values())
 
     async def reconcile(self) -> None:
-        """Settle the promises that a kill left, empty the trash, adopt or release all orphans.
+        """Settle the promises that a kill left, empty the trash, adopt or release all orphans, and
+        tidy the records.
 
         Whatever a pull takes up meanwhile is left to it. Raises :class:`ModelError`.
         """
@@ -95,6 +96,7 @@ class Orphans:
         missing = await self._missing()
         await self._rooms.settle([*missing, *(one.name for one in found if one.name not in trash)])
         self._garbage.forget_missing(missing)
+        await self._garbage.tidy_records()
 
     def _settle(self, orphan: Orphan, measured: _Measured) -> None:
         word = "adopted" if orphan.adopted else "released"

@@ -157,11 +157,11 @@ class Rooms:
         takes with all that it has already. Raises :class:`NoSpace` with the figures.
         """
         self._token = trio.lowlevel.current_trio_token()
-        never = self._space.never_fits(whole)
-        if never is not None:
-            raise never.error(f"{what} can never fit", "")
+        await self._check_possible(what, whole)
         await self.settle(needs)
         claims = {name: need.bytes for name, need in needs.items()}
+        if self._space.shortage(claims) is not None:
+            await self._garbage.tidy_records()
         fresh = [name for name in needs if not self._space.is_claimed(name)]
         self._make_room(what, claims)
         # what others claimed for the same content has been given to their threads, or will be
@@ -170,6 +170,13 @@ class Rooms:
         while going:
             await self._garbage.empty_trash()
             going = self._evict_instead(what, claims, going)
+
+    async def _check_possible(self, what: str, whole: int) -> None:
+        if self._space.never_fits(whole) is not None:
+            await self._garbage.tidy_records()
+        never = self._space.never_fits(whole)
+        if never is not None:
+            raise never.error(f"{what} can never fit", "")
 
     def _make_room(self, what: str, claims: Mapping[str, int]) -> None:
         """Evict what is needed and claim; no checkpoint."""
@@ -247,6 +254,9 @@ class Rooms:
         """
         # it is written to the log first, and from there to the database
         needed = 2 * size + _KEPT_FOR_RECORDS
+        left = self._space.left()
+        if left is not None and needed > left:
+            await self._garbage.tidy_records()
         while (left := self._space.left()) is not None and needed > left:
             left = max(left + self._space.totals()[1], 0)
             if needed > left:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
+import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from fetcher.collector import collect
 from fetcher.errors import NoSpace
 from fetcher.modelpack import read_model
+from fetcher.oci import Reference
 from fetcher.ranges import Range
 from fetcher.store import Limits, Store
 from fetcher.store.collection import EVERYTHING as ALL
@@ -113,6 +118,108 @@ def test_a_manifest_fits_where_the_trash_is(tmp_path: Path) -> None:
         assert disk_bytes(store.root) < 2 * MIB
 
     in_store(tmp_path / "root", work, CAP)
+
+
+# -- the records -----------------------------------------------------------------------------------
+
+
+def large(number: int) -> ModelBuilder:
+    """A model with a manifest of 1.8 MB."""
+    builder = ModelBuilder().add_raw(f"w{number}", f"{number}".encode())
+    builder.document["annotations"] = {"k": os.urandom(900_000).hex()}
+    return builder
+
+
+def resolve(store: Store, builder: ModelBuilder, tag: str) -> None:
+    """Record a model as resolved now."""
+    reference = Reference("r.example.org", "acme/m", tag)
+    store.catalog.add_resolution(reference, builder.digest, builder.manifest(), "nobody")
+
+
+def grow_old(store: Store) -> None:
+    """Let an hour pass since anything was resolved."""
+    with store.database.transaction() as connection:
+        connection.execute("UPDATE tags SET resolved = resolved - 3600")
+        connection.execute("UPDATE accesses SET accepted = accepted - 3600")
+
+
+def test_manifests_that_lead_to_nothing_give_their_room_back(tmp_path: Path) -> None:
+    limits = Limits(max_size=32 * MIB, min_free=0)
+
+    async def work(store: Store) -> None:
+        for number in range(12):
+            builder = large(number)
+            await store.rooms.check_records(len(builder.manifest().body))
+            resolve(store, builder, f"v{number}")
+        assert disk_bytes(store.root) > 20 * MIB
+        with pytest.raises(NoSpace, match="can never fit"):
+            await put_model(store, weights(24 * MIB))
+        grow_old(store)
+        await put_model(store, weights(24 * MIB))
+        assert store.catalog.strays(time.time()) == []
+        assert disk_bytes(store.root) < 27 * MIB
+        assert store.space.usage().used == disk_bytes(store.root)
+
+    in_store(tmp_path / "root", work, limits)
+
+
+def test_manifests_that_somebody_needs_stay(tmp_path: Path) -> None:
+    fresh, pinned, held, begun, built, none = (large(number) for number in range(6))
+    model = read_model(begun.manifest())
+
+    async def work(store: Store) -> None:
+        for number, builder in enumerate((pinned, held, begun, built, none)):
+            resolve(store, builder, f"v{number}")
+        grow_old(store)
+        resolve(store, fresh, "fresh")
+        store.garbage.pin(lambda: {(pinned.digest, "")})
+        await put_model(store, built)
+        with store.held(model, EVERYTHING):
+            await store.reserve("r/m:v1", model, EVERYTHING)
+            store.open_partial(model.layers[0]).close()
+        with store.held(read_model(held.manifest()), EVERYTHING):
+            await collect(store)
+        for builder in (fresh, pinned, held, begun, built):
+            assert store.catalog.manifest(builder.digest) is not None
+        assert store.catalog.manifest(none.digest) is None
+        assert store.catalog.resolved(Reference("r.example.org", "acme/m", "v4")) is None
+
+    in_store(tmp_path / "root", work)
+
+
+def test_a_manifest_that_is_here_is_not_written_again(tmp_path: Path) -> None:
+    builder = large(0)
+
+    async def work(store: Store) -> None:
+        resolve(store, builder, "v1")
+        store.database.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        resolve(store, builder, "v1")
+        assert (store.root / "state.db-wal").stat().st_size < len(builder.manifest().body)
+
+    in_store(tmp_path / "root", work)
+
+
+def test_records_of_an_earlier_version_shrink_as_well(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+
+    async def nothing(_: Store) -> None:
+        pass
+
+    in_store(root, nothing)
+    with closing(sqlite3.connect(root / "state.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("PRAGMA auto_vacuum = NONE")
+        connection.execute("VACUUM")
+        assert connection.execute("PRAGMA auto_vacuum").fetchone() == (0,)
+
+    async def work(store: Store) -> None:
+        for number in range(4):
+            resolve(store, large(number), f"v{number}")
+        grow_old(store)
+        await store.orphans.reconcile()
+        assert disk_bytes(store.root) < 3 * MIB
+
+    in_store(root, work)
 
 
 # -- trees -----------------------------------------------------------------------------------------
