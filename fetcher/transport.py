@@ -121,7 +121,9 @@ class Connection:
                 _, running = loop.perform()
                 if not running:
                     break
-                loop.select(_LOOK_UP_SECONDS)
+                # bytes that TLS holds decrypted make no socket readable: libcurl says not to wait
+                due = loop.timeout()
+                loop.select(_LOOK_UP_SECONDS if due < 0 else min(_LOOK_UP_SECONDS, due / 1000))
             _, _, failed = loop.info_read()
             if failed:
                 _, number, text = failed[0]
