@@ -26,6 +26,7 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
+from fetcher.probe import Probe
 from fetcher.ranges import Range, aligned
 from fetcher.sources import BlobSources, Choice
 from fetcher.transport import LEAST_SPEED, TransferSettings
@@ -323,18 +324,18 @@ class Download:
                 self._void = True
                 self._registry.health.ignored_range(host.base, trio.current_time())
 
-    def _probe_for(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> _Probe | None:
+    def _probe_for(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> Probe | None:
         """What goes before the sink while it is not known how the host answers ranges."""
         base = turn.host.base
         if turn.whole:
-            return _Probe(sink, functools.partial(self._answered, base, tries), may_restart=True)
+            return Probe(sink, functools.partial(self._answered, base, tries), may_restart=True)
         if base in self._ranging:
             return None
         if tries.probe is None:
             tries.probe = self._probe = trio.Event()
         # with nothing there and no other request under way, all is as good as the first range
         alone = not self._ranging and not sink.remaining.start
-        return _Probe(sink, functools.partial(self._answered, base, tries), may_restart=alone)
+        return Probe(sink, functools.partial(self._answered, base, tries), may_restart=alone)
 
     def _judge_pace(self, host: Host, got: int, seconds: float, tries: _Tries) -> None:
         """Of a request that was stopped to make room for others: no failure, unless the host was
@@ -418,35 +419,3 @@ class _Tries:
 
 class _Replan(Exception):
     """Ranges are of no use any more, with who is left to ask."""
-
-
-class _Probe:
-    """A sink that finds out how a host answers ranges, and tells the trio thread."""
-
-    def __init__(self, sink: ChunkSink, answered: Callable[[], None], *, may_restart: bool) -> None:
-        """``answered`` is called once, in the trio thread, when the first bytes of a range arrive;
-        ``may_restart`` says that the whole blob will do, as nobody else writes to it meanwhile.
-        """
-        self._sink = sink
-        self._may_restart = may_restart
-        self._answered = answered
-        self._token = trio.lowlevel.current_trio_token()
-        self.is_whole = False
-        """The blob comes from its first byte on, and would again."""
-        self.took_whole = False
-        """It does so though a part was asked for."""
-        self._told = False
-
-    def whole(self) -> bool:
-        if self._sink.whole():
-            self.is_whole = True
-        elif self._may_restart:
-            self._sink.restart()
-            self.is_whole = self.took_whole = True
-        return self.is_whole
-
-    def __call__(self, data: bytes) -> bool:
-        if not self._told and not self.is_whole:
-            self._told = True
-            self._token.run_sync_soon(self._answered)
-        return self._sink(data)
