@@ -66,6 +66,7 @@ def put_content(store: Store, layer: Layer, data: bytes) -> None:
     partial = store.open_partial(layer)
     if data:
         partial.sink(Range(0, len(data)))(data)
+    assert partial.verify(STILL)
     partial.finish(STILL)
     partial.close()
     store.complete_blob(layer)
