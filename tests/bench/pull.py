@@ -145,8 +145,8 @@ def _hash_seconds(model: Pushed) -> float:
 
 
 def _copy_seconds(folder: Path, size: int) -> float:
-    """Writing as many bytes and synchronising them."""
-    data = os.urandom(4 * MIB)
+    """Writing as many bytes, by 64 KiB as ours does, and synchronising them."""
+    data = os.urandom(64 * 1024)
     path = folder / "written"
     started = time.perf_counter()
     with path.open("wb", buffering=0) as file:
