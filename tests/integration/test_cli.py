@@ -229,7 +229,7 @@ def test_a_store_is_verified_and_repaired_under_a_mount(
 @pytest.mark.parametrize(
     ("arguments", "status", "code"),
     [
-        (["pull", "127.0.0.1:1/a/b:v1"], 1, "Unavailable"),
+        (["pull", "127.0.0.1:1/a/b:v1"], 1, "Unreachable"),
         (["pull", "REGISTRY/cli/nothing:v1"], 1, "NotFound"),
         (["pull", "--pull-policy", "Never", "REGISTRY/cli/nothing:v1"], 1, "NotFound"),
         (["pull", "https://example.org/a"], 1, "InvalidRequest"),

@@ -291,8 +291,9 @@ def test_a_slow_registry_leaves_connections_to_a_fast_one(
                 await work(node)
 
     trio.run(main)
-    # a part is gone on with at its byte; a whole was not interrupted
-    assert home.counts.total <= (1.1 if ranges else 1.0) * 3 * size
+    # a part is gone on with at its byte; a whole was not interrupted, but what a range asked for
+    # besides may have begun to come
+    assert home.counts.total <= (1.1 if ranges else 1.02) * 3 * size
 
 
 def test_a_silent_registry_is_found_out_though_others_take_its_turns(
