@@ -232,12 +232,11 @@ class AgentCalls:
         """Bytes of the wanted layers that are not in the store."""
         if self._store.tree(resolved.model.digest, selection) is not None:
             return 0
-        wanted = {
-            layer.descriptor.digest: layer
-            for layer in resolved.model.layers
-            if selection.wants_layer(layer) and not self._store.has_content(layer)
-        }
-        return sum(self._store.missing_bytes(layer.descriptor) for layer in wanted.values())
+        return sum(
+            self._store.missing_bytes(layer.descriptor)
+            for layer in selection.layers(resolved.model).values()
+            if not self._store.has_content(layer)
+        )
 
     async def _list(self, _: protocol.NoParams, __: Watch) -> protocol.ListResult:
         volumes = self._volumes.list()

@@ -236,10 +236,4 @@ def _check_range(capacity: Capacity) -> None:
 
 def _size(model: Model, selection: Selection) -> int:
     """Bytes of the blobs that a volume of ``model`` needs."""
-    return sum(
-        {
-            layer.descriptor.digest: layer.descriptor.size
-            for layer in model.layers
-            if selection.wants_layer(layer)
-        }.values()
-    )
+    return sum(layer.descriptor.size for layer in selection.layers(model).values())

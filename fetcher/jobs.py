@@ -136,10 +136,6 @@ class Jobs:
             if job.waiters == 0:
                 job.scope.cancel()
 
-    def running(self) -> list[Job]:
-        """The jobs that are under way."""
-        return list(self._jobs.values())
-
     async def _run(self, job: Job) -> None:
         """Run one job to its end; its failures belong to its waiters, never to the nursery."""
         digest = job.layer.descriptor.digest

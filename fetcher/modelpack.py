@@ -251,6 +251,10 @@ class Selection:
         excluded = self.exclude_weights and layer.kind is Kind.WEIGHT
         return not excluded or self._patterns.keeps_any
 
+    def layers(self, model: Model) -> dict[Digest, Layer]:
+        """The layers of ``model`` that :meth:`wants_layer` wants, by blob: each blob once."""
+        return {layer.descriptor.digest: layer for layer in model.layers if self.wants_layer(layer)}
+
     def wants_path(self, kind: Kind, path: str) -> bool:
         """Whether the file at ``path``, of a layer of ``kind``, is shown."""
         verdict = self._patterns.excludes(path)

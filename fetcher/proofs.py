@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import trio
-
-from fetcher.errors import ModelError
+from fetcher.tasks import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,27 +40,16 @@ class Proofs:
     async def prove(
         self, reference: Reference, blobs: Iterable[Digest], keychain: Keychain
     ) -> None:
-        """Return once all ``blobs`` are known to be below the name of ``reference``.
+        """Return once all ``blobs``, no two alike, are known to be below the name of ``reference``.
 
         Asks its registry for those of which that is not known yet, and raises what it answers:
         ``NotFound``, ``Unauthenticated``, ``AccessDenied``, ``Unavailable``.
         """
         name = reference.name
-        wanted = [one for one in dict.fromkeys(blobs) if not self._catalog.is_proven(name, one)]
-        failures: list[ModelError] = []
-        places = trio.CapacityLimiter(_AT_ONE_TIME)
+        wanted = [one for one in blobs if not self._catalog.is_proven(name, one)]
 
-        async def ask(blob: Digest, scope: trio.CancelScope) -> None:
-            try:
-                async with places:
-                    await self._registry.head_blob(reference, blob, keychain)
-                self._catalog.add_proof(name, blob)
-            except ModelError as error:
-                failures.append(error)
-                scope.cancel()
+        async def ask(blob: Digest) -> None:
+            await self._registry.head_blob(reference, blob, keychain)
+            self._catalog.add_proof(name, blob)
 
-        async with trio.open_nursery() as nursery:
-            for blob in wanted:
-                nursery.start_soon(ask, blob, nursery.cancel_scope)
-        if failures:
-            raise failures[0]
+        await for_each(wanted, ask, _AT_ONE_TIME)

@@ -31,6 +31,7 @@ from fetcher.policy import PullPolicy, ReferencePolicy
 from fetcher.proofs import Proofs
 from fetcher.resolution import Resolved, Resolver
 from fetcher.store.footprint import content_name, tree_name
+from fetcher.tasks import for_each
 from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -98,9 +99,8 @@ class Pull:
         self.jobs: dict[Digest, Job] = {}
         self.complete: set[Digest] = set()
         self.sizes = {
-            layer.descriptor.digest: layer.descriptor.size
-            for layer in resolved.model.layers
-            if selection.wants_layer(layer)
+            digest: layer.descriptor.size
+            for digest, layer in selection.layers(resolved.model).items()
         }
 
     def progress(self) -> Progress:
@@ -251,11 +251,7 @@ class Pulls:
         A task of its own, as callers wait in short turns; it ends when the caller has left.
         """
         resolved = joined.resolved
-        layers = [
-            layer.descriptor.digest
-            for layer in resolved.model.layers
-            if selection.wants_layer(layer)
-        ]
+        layers = selection.layers(resolved.model)
         try:
             with joined.scope:
                 tree = await joined.pull.wait()
@@ -342,9 +338,7 @@ class Pulls:
             store.catalog.touch_model(model.digest, selection.key)
             return tree
         await store.reserve(str(pull.resolved.reference), model, selection)
-        layers = {
-            layer.descriptor.digest: layer for layer in model.layers if selection.wants_layer(layer)
-        }
+        layers = selection.layers(model)
         missing = [layer for layer in layers.values() if not store.has_content(layer)]
         pull.complete.update(layers.keys() - {layer.descriptor.digest for layer in missing})
         await self._fetch_layers(pull, missing)
@@ -373,22 +367,11 @@ class Pulls:
 
     async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
         """Fetch and unpack layers, several at a time. The first failure stops the others."""
-        failures: list[ModelError] = []
-        places = trio.CapacityLimiter(self._settings.blobs)
 
-        async def fetch(layer: Layer, scope: trio.CancelScope) -> None:
-            try:
-                async with places:
-                    await self._fetch_layer(pull, layer)
-            except ModelError as error:
-                failures.append(error)
-                scope.cancel()
+        async def fetch(layer: Layer) -> None:
+            await self._fetch_layer(pull, layer)
 
-        async with trio.open_nursery() as nursery:
-            for layer in missing:
-                nursery.start_soon(fetch, layer, nursery.cancel_scope)
-        if failures:
-            raise failures[0]
+        await for_each(missing, fetch, self._settings.blobs)
 
     async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
         digest = layer.descriptor.digest

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fetcher.errors import DigestMismatch, InvalidRequest, ModelError
+from fetcher.errors import DigestMismatch, InvalidRequest
 from fetcher.model_facts import Facts, read_facts
 from fetcher.modelpack import Kind, read_model
 from fetcher.oci import Digest, Manifest, parse_manifest
 from fetcher.packaging import ModelFile, ModelFolder, config, layer, manifest, scan
 from fetcher.registry import Registry, RegistrySettings
+from fetcher.tasks import for_each
 from fetcher.upload import Upload, upload
 
 if TYPE_CHECKING:
@@ -95,25 +96,15 @@ def _check_readable(document: dict[str, object]) -> None:
 
 async def _hash_all(files: Sequence[ModelFile]) -> list[Digest]:
     """Digests in the order of ``files``, hashed in as many threads as there are processors."""
-    digests: list[Digest | None] = [None] * len(files)
-    limiter = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
+    digests: dict[ModelFile, Digest] = {}
+    processors = len(os.sched_getaffinity(0))
+    limiter = trio.CapacityLimiter(processors)
 
-    failures: list[ModelError] = []
+    async def hash_one(file: ModelFile) -> None:
+        digests[file] = await trio.to_thread.run_sync(_hash, file, limiter=limiter)
 
-    async def hash_one(number: int, file: ModelFile) -> None:
-        try:
-            digests[number] = await trio.to_thread.run_sync(_hash, file, limiter=limiter)
-        except ModelError as error:
-            # the first one is what the caller is told; a group would say no more
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for number, file in enumerate(files):
-            nursery.start_soon(hash_one, number, file)
-    if failures:
-        raise failures[0]
-    return [digest for digest in digests if digest is not None]
+    await for_each(files, hash_one, processors)
+    return [digests[file] for file in files]
 
 
 def _hash(file: ModelFile) -> Digest:

@@ -172,10 +172,6 @@ class PartialBlob:
         except OSError as error:
             raise disk_error(error, self._place.path) from error
 
-    def covers(self, wanted: Range) -> bool:
-        """Whether all of ``wanted``, which is not empty, is there."""
-        return self._there(wanted.start) >= wanted.stop
-
     def has(self, chunk: int) -> bool:
         """Whether ``chunk`` is there."""
         return self._chunks.has(chunk)

@@ -222,8 +222,7 @@ class Store:
 
     def held(self, model: Model, selection: Selection) -> AbstractContextManager[None]:
         """Work on a model: nothing of it is evicted inside the block."""
-        layers = (layer for layer in model.layers if selection.wants_layer(layer))
-        contents = (content_name(layer.descriptor.digest) for layer in layers)
+        contents = map(content_name, selection.layers(model))
         return self.space.held({tree_name(model.digest, selection.key), *contents})
 
     def held_content(self, digest: Digest) -> AbstractContextManager[None]:
@@ -236,13 +235,10 @@ class Store:
         The caller holds the model, and the reservation lasts as long. Raises
         :class:`fetcher.errors.NoSpace` with the figures; ``what`` is the model's name in it.
         """
-        wanted = {
-            layer.descriptor.digest: layer for layer in model.layers if selection.wants_layer(layer)
-        }
         tree = Need(TREE_BYTES, spare=TREE_BYTES)
         whole = tree.bytes
         needs = {tree_name(model.digest, selection.key): tree}
-        for digest, layer in wanted.items():
+        for digest, layer in selection.layers(model).items():
             need = need_of(layer, self._chunk_size)
             whole += need.bytes
             if not self.has_content(layer):
@@ -377,8 +373,7 @@ class Store:
 
     def add_tree(self, tree: ModelTree, model: Model, selection: Selection) -> None:
         """Record a tree that was built, and what it is made of."""
-        layers = (layer for layer in model.layers if selection.wants_layer(layer))
-        contents = {content_name(layer.descriptor.digest) for layer in layers}
+        contents = map(content_name, selection.layers(model))
         self.space.holdings.use(tree_name(model.digest, selection.key), contents)
         self.catalog.add_model(model.digest, selection.key, tree.size, tree.files)
         self.damages.remove([tree_name(model.digest, selection.key)])

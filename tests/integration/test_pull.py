@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import stat
 import subprocess
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ from tests.support.keychains import Everywhere
 from tests.support.models import Member, ModelBuilder, gzip_bomb, tiny_model
 from tests.support.proxy import Faults, Proxy, serve_proxy
 from tests.support.registry import serve_registry
+from tests.support.sources import shown, weights
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -110,22 +110,6 @@ def push(registry: RegistryServer, builder: ModelBuilder, repository: str) -> in
     """Push a model and say how many bytes its layers have."""
     builder.push(registry, repository, "v1")
     return sum(layer["size"] for layer in builder.document["layers"])
-
-
-def weights(*sizes: int) -> tuple[ModelBuilder, dict[str, bytes]]:
-    files = {f"model-{number}.safetensors": os.urandom(size) for number, size in enumerate(sizes)}
-    builder = ModelBuilder()
-    for name, data in files.items():
-        builder.add_raw(name, data)
-    return builder, files
-
-
-def shown(tree: ModelTree) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(tree.path)): path.read_bytes()
-        for path in sorted(tree.path.rglob("*"))
-        if path.is_file()
-    }
 
 
 def leftovers(root: Path) -> list[str]:

@@ -7,34 +7,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-import trio
 
 from fetcher.errors import NoSpace
 from fetcher.modelpack import read_model
 from fetcher.store import Limits, Store
 from fetcher.store.collection import EVERYTHING as ALL
 from fetcher.threads import run_stoppable
-from tests.support.stores import CHUNK, EVERYTHING, MIB, disk_bytes, put_model, weights
+from tests.support.stores import CHUNK, EVERYTHING, MIB, disk_bytes, in_store, put_model, weights
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 CAP = Limits(max_size=17 * MIB, min_free=0)
-
-
-def in_store(root: Path, work: Callable[[Store], Awaitable[None]]) -> None:
-    """Run ``work`` with an open store, as a process that starts and ends."""
-
-    async def main() -> None:
-        with trio.fail_after(60):
-            store = Store.open(root, CHUNK, CAP)
-            try:
-                await work(store)
-            finally:
-                store.close()
-
-    trio.run(main)
 
 
 @contextmanager
@@ -77,7 +62,7 @@ def test_what_cannot_be_removed_takes_room_and_stops_no_pull(
         assert store.space.usage().trash == 0
         assert store.space.usage().used == disk_bytes(store.root)
 
-    in_store(tmp_path / "root", work)
+    in_store(tmp_path / "root", work, CAP)
 
 
 def test_more_is_evicted_where_what_was_counted_on_stays(tmp_path: Path) -> None:
@@ -88,7 +73,7 @@ def test_more_is_evicted_where_what_was_counted_on_stays(tmp_path: Path) -> None
             await put_model(store, weights(5 * MIB))
             assert [tree.path.exists() for tree in (first, second)].count(True) == 1
 
-    in_store(tmp_path / "root", work)
+    in_store(tmp_path / "root", work, CAP)
 
 
 def test_a_room_evicts_more_where_what_was_counted_on_stays(tmp_path: Path) -> None:
@@ -105,7 +90,7 @@ def test_a_room_evicts_more_where_what_was_counted_on_stays(tmp_path: Path) -> N
                 with pytest.raises(NoSpace):
                     await run_stoppable(lambda _: room.grow(8 * MIB))
 
-    in_store(tmp_path / "root", work)
+    in_store(tmp_path / "root", work, CAP)
 
 
 def test_what_a_kill_left_in_the_trash_and_cannot_be_removed_gets_a_record(
@@ -124,4 +109,4 @@ def test_what_a_kill_left_in_the_trash_and_cannot_be_removed_gets_a_record(
         assert store.garbage.trash() == frozenset()
         assert not left.exists()
 
-    in_store(tmp_path / "root", work)
+    in_store(tmp_path / "root", work, CAP)

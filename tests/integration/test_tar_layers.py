@@ -16,9 +16,10 @@ from fetcher.modelpack import Packing
 from fetcher.oci import Digest, Reference
 from fetcher.policy import PullPolicy
 from fetcher.store import chunks as chunks_module
-from tests.integration.test_pull import CHUNK, EVERYTHING, arrived, in_node, pull, push, shown
+from tests.integration.test_pull import CHUNK, EVERYTHING, arrived, in_node, pull, push
 from tests.support.models import ModelBuilder
 from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.sources import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

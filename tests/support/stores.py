@@ -27,7 +27,7 @@ from fetcher.transport import TransferSettings
 from tests.support.models import ModelBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from fetcher.modelpack import Layer
@@ -51,6 +51,22 @@ _NAME_EVENTS = frozenset(
 QUICK = DownloadSettings(
     first_backoff=0.01, longest_backoff=0.05, transfer=TransferSettings(stall_timeout=5)
 )
+
+
+def in_store(
+    root: Path, work: Callable[[Store], Awaitable[None]], limits: Limits = NO_FLOOR
+) -> None:
+    """Run ``work`` with an open store, as a process that starts and ends."""
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            store = Store.open(root, CHUNK, limits)
+            try:
+                await work(store)
+            finally:
+                store.close()
+
+    trio.run(main)
 
 
 def weights(*sizes: int) -> ModelBuilder:

@@ -24,10 +24,10 @@ from tests.support.stores import (
     CHUNK,
     EVERYTHING,
     MIB,
-    NO_FLOOR,
     STILL,
     build,
     disk_bytes,
+    in_store,
     put_content,
     put_model,
     set_used,
@@ -35,28 +35,11 @@ from tests.support.stores import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from fetcher.oci import Digest
 
 CAP = Limits(max_size=17 * MIB, min_free=0)
-
-
-def in_store(
-    root: Path, work: Callable[[Store], Awaitable[None]], limits: Limits = NO_FLOOR
-) -> None:
-    """Run ``work`` with an open store, as a process that starts and ends."""
-
-    async def main() -> None:
-        with trio.fail_after(60):
-            store = Store.open(root, CHUNK, limits)
-            try:
-                await work(store)
-            finally:
-                store.close()
-
-    trio.run(main)
 
 
 def names_below(root: Path) -> set[str]:

@@ -25,33 +25,16 @@ from tests.support.stores import (
     CHUNK,
     EVERYTHING,
     MIB,
-    NO_FLOOR,
     disk_bytes,
+    in_store,
     put_model,
     weights,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 CAP = Limits(max_size=17 * MIB, min_free=0)
-
-
-def in_store(
-    root: Path, work: Callable[[Store], Awaitable[None]], limits: Limits = NO_FLOOR
-) -> None:
-    """Run ``work`` with an open store, as a process that starts and ends."""
-
-    async def main() -> None:
-        with trio.fail_after(60):
-            store = Store.open(root, CHUNK, limits)
-            try:
-                await work(store)
-            finally:
-                store.close()
-
-    trio.run(main)
 
 
 def test_what_is_evicted_while_it_is_measured_takes_nothing(
