@@ -1,0 +1,1 @@
+"""Nodes that serve each other: who owns which chunk, asking peers, and being asked by them."""

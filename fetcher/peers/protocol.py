@@ -1,0 +1,90 @@
+"""What peers say to each other beyond the OCI distribution API: headers, and which chunks are there.
+
+A peer speaks the distribution API, so that any client can pull through it. These headers are what
+nodes of one cluster add. None of them carries an address, and nothing in them is believed that the
+registry could be asked instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fetcher.ranges import Range
+
+TOKEN: Final = "Model-CSI-Peer"  # noqa: S105 (a header's name)
+"""Of a request: the shared token, without which nobody gets a byte."""
+FROM: Final = "Model-CSI-From"
+"""Of a request: the name of the member that asks. Who leaves it out is a foreign client."""
+HOPS: Final = "Model-CSI-Hops"
+"""Of a request: how many members it came through. From :data:`MOST_HOPS` on none is asked more."""
+LAYER: Final = "Model-CSI-Layer"
+"""Of a request: the media type that the manifest gives the blob, by which it is laid out."""
+HAVE: Final = "Model-CSI-Have"
+"""Of an answer: which chunks of the blob are there; see :class:`Have`."""
+TRY: Final = "Model-CSI-Try"
+"""Of a 429: the name of a member that was given this chunk a short while ago."""
+
+MOST_HOPS: Final = 2
+MAX_HAVE_CHARACTERS: Final = 4096
+_ALL: Final = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Which chunks of a blob a node has.
+
+    As text ``<bytes of a chunk>:<hex digits>``, where chunk *n* is the bit of weight ``0x80 >> n %
+    8`` in byte ``n // 8``; or ``all``.
+    """
+
+    chunk_size: int
+    bitmap: bytes
+    """Meaningless where ``chunk_size`` is 0: then all is there."""
+
+    @classmethod
+    def all(cls) -> Have:
+        """The whole blob."""
+        return cls(0, b"")
+
+    @classmethod
+    def of(cls, chunk_size: int, count: int, chunks: Iterable[int]) -> Have:
+        """Some ``chunks`` of ``count``."""
+        bitmap = bytearray(-(-count // 8))
+        for chunk in chunks:
+            bitmap[chunk // 8] |= 0x80 >> chunk % 8
+        return cls(chunk_size, bytes(bitmap))
+
+    @classmethod
+    def parse(cls, text: str) -> Have | None:
+        """Read a header's value; None for what is none, or too long."""
+        if text == _ALL:
+            return cls.all()
+        size, colon, digits = text.partition(":")
+        usable = colon and size.isascii() and size.isdigit() and len(size) <= 10 and int(size)
+        if not usable or len(text) > MAX_HAVE_CHARACTERS:
+            return None
+        try:
+            return cls(int(size), bytes.fromhex(digits))
+        except ValueError:
+            return None
+
+    @property
+    def text(self) -> str | None:
+        """The header's value; None where it would be too long to be sent."""
+        if not self.chunk_size:
+            return _ALL
+        text = f"{self.chunk_size}:{self.bitmap.hex()}"
+        return text if len(text) <= MAX_HAVE_CHARACTERS else None
+
+    def has(self, wanted: Range) -> bool:
+        """Whether all bytes of ``wanted``, which are some, are there."""
+        if not self.chunk_size:
+            return True
+        first, last = wanted.start // self.chunk_size, (wanted.stop - 1) // self.chunk_size
+        return last < 8 * len(self.bitmap) and all(
+            self.bitmap[chunk // 8] & (0x80 >> chunk % 8) for chunk in range(first, last + 1)
+        )
