@@ -18,10 +18,10 @@ from google.protobuf.message_factory import GetMessageClass
 
 from csi.bridge import Bridge, CallEnded
 from csi.codes import code_of
-from csi.logs import printable
 from csi.redaction import shown
 from csi.sockets import listening
 from fetcher.errors import ModelError
+from fetcher.logs import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

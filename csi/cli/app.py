@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from csi import logs
 from csi.cli import output
 from csi.cli.models import inspect, list_models, pull, push
 from csi.cli.options import Invocation, global_options
@@ -17,6 +16,7 @@ from csi.cli.running import Interrupted, innermost
 from csi.cli.serve import serve
 from csi.cli.store import gc, remove, verify
 from csi.cli.volumes import mount, status, unmount
+from fetcher import logs
 from fetcher.errors import ModelError
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
-from csi import logs
 from csi.agent_client import AgentClient
 from csi.cli.running import run
 from csi.progress import shown
+from fetcher import logs
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

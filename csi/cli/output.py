@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from csi.logs import printable
+from fetcher.logs import printable
 from fetcher.quantities import bytes_text
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from csi import logs
 from csi.cli.options import Invocation, global_options, pass_invocation, setting_options
 from csi.cli.running import Interrupted, run
+from fetcher import logs
 
 logger = logging.getLogger(__name__)
 

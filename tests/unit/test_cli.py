@@ -18,7 +18,6 @@ import trio.lowlevel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi import logs
 from csi.__main__ import program
 from csi.agent_calls import keychain_for, volume_id_of
 from csi.cli import output
@@ -26,7 +25,7 @@ from csi.cli.app import main, model_csi
 from csi.cli.running import Interrupted, run
 from csi.config import settings
 from csi.progress import PlainLines, shown
-from fetcher import errors
+from fetcher import errors, logs
 from fetcher.agent_protocol import CALLS, Login
 from fetcher.credentials import Anonymous
 from fetcher.errors import NotFound
