@@ -171,8 +171,13 @@ def converse(
 
     Yields what to do, takes what came of it, and returns the way that the last attempt took; the
     last :class:`Outcome` given is the answer. ``way`` is what the registry wanted last time, and
-    ``stale`` an authorization known to be of no use any more. At most two attempts are made.
+    ``stale`` an authorization known to be of no use any more. At most two attempts are made. What
+    was passed on by somebody else is shown once, as it is.
     """
+    if credentials is not None and credentials.passed:
+        # whoever has it got it by the registry's own word, and gets the next one too
+        yield Attempt(credentials.passed)
+        return way
     authorization = None
     if way is not None:
         authorization = yield from _authorize(asked, credentials, way, stale)

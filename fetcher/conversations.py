@@ -117,7 +117,8 @@ class Conversations:
         conversation = converse(asked, credentials, self._way(asked)[1], stale)
         reply, way = await self._drive(conversation, host, wish)
         success = _is_success(reply, wish)
-        if success or way is not None:
+        passed_on = credentials is not None and credentials.passed
+        if (success or way is not None) and not passed_on:
             # after a refusal too: only a token that was tried first is known to be stale
             self._remember(asked, way)
         if not success:
@@ -128,6 +129,8 @@ class Conversations:
         self, host: Host, wish: Wish, credentials: Credentials | None
     ) -> tuple[bool, str | None]:
         """The ``Authorization`` that the host is known to want, and whether anything is known."""
+        if credentials is not None and credentials.passed:
+            return True, credentials.passed
         asked = wish.asked(host)
         known, way = self._way(asked)
         if isinstance(way, Bearer):

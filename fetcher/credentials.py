@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    from fetcher.oci import Reference
+
 _T = TypeVar("_T")
 
 log: Final = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class Credentials:
     username: str = field(repr=False)
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
+    passed: str = field(default="", repr=False)
+    """An ``Authorization`` to be shown as it is, which somebody else has got: it is not renewed."""
 
     @property
     def basic(self) -> str:
@@ -74,6 +78,21 @@ class Anonymous:
     async def lookup(self, registry: str, repository: str) -> Credentials | None:
         """Nothing, for every registry."""
         return None
+
+
+@dataclass(frozen=True)
+class PassedOn:
+    """The keychain of who passes on what another node would show to the registry itself."""
+
+    reference: Reference
+    """For whose registry and repository it is, and for nothing else."""
+    authorization: str = field(repr=False)
+
+    async def lookup(self, registry: str, repository: str) -> Credentials | None:
+        """It, for the one repository."""
+        if (registry, repository) != (self.reference.registry, self.reference.repository):
+            return None
+        return Credentials("", passed=self.authorization)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fetcher.errors import Unavailable
+from fetcher.errors import OutOfRange, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", re.IGNORECASE)
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*", re.IGNORECASE)
 
 
@@ -76,3 +77,28 @@ def parse_content_range(text: str) -> tuple[Range, int | None]:
         raise Unavailable(f"the server's Content-Range cannot be read: {text[:80]!r}")
     whole = None if match[3] == "*" else int(match[3])
     return Range(int(match[1]), int(match[2]) + 1), whole
+
+
+def requested_range(text: str, size: int) -> Range | None:
+    """What a ``Range`` header asks for of ``size`` bytes; None for everything.
+
+    That is also what several ranges, other units and nonsense get: RFC 9110 section 14.2 lets a
+    server ignore the header. Raises :class:`OutOfRange` for a range that has no byte in it.
+    """
+    match = _RANGE.fullmatch(text)
+    if match is None or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        start, stop = max(size - int(match[2]), 0), size
+    else:
+        start, stop = int(match[1]), int(match[2]) + 1 if match[2] else size
+        if match[2] and stop <= start:
+            return None
+    if start >= min(stop, size):
+        raise OutOfRange(f"there is no byte in the range {text.strip()} of {size} bytes")
+    return Range(start, min(stop, size))
+
+
+def content_range(part: Range, size: int) -> str:
+    """The value of a ``Content-Range``; ``part`` must not be empty."""
+    return f"bytes {part.http}/{size}"

@@ -104,6 +104,7 @@ def _secrets(refused: Refused) -> tuple[str, ...]:
     if refused.credentials:
         basic = refused.credentials.basic.partition(" ")[2]
         found += [basic, refused.credentials.password, refused.credentials.identity_token]
+        found.append(refused.credentials.passed.partition(" ")[2])
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ get their address and their ``Authorization`` from :meth:`Registry.blob_access`.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from urllib.parse import quote
 
@@ -63,6 +63,15 @@ class Named:
     digest: Digest
     by_registry: bool
     """Whether the registry said so, or who was made to stand in its place; not only a mirror."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A manifest or an index, byte for byte."""
+
+    digest: Digest
+    media_type: str
+    body: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +144,20 @@ class Registry:
 
         return await self._prove(reference, ask)
 
+    async def document(self, reference: Reference, keychain: Keychain) -> Document:
+        """As :meth:`manifest`, but as it was sent, whatever it is a manifest of."""
+
+        async def ask(host: Host, patience: Patience | None) -> Document:
+            wish = _manifest_wish(reference, "GET", patience)
+            answer = await self._ask(host, wish, keychain)
+            if answer.is_page:
+                raise page(wish.asked(host), wish.what)
+            _check_digest(reference, answer)
+            digest = reference.digest or Digest.of(answer.body)
+            return Document(digest, answer.media_type, answer.body)
+
+        return (await self._prove(reference, ask)).value
+
     async def resolve_model(
         self, reference: Reference, keychain: Keychain
     ) -> tuple[Manifest, Digest]:
@@ -178,10 +201,12 @@ class Registry:
         sent = await self._manifest(reference, keychain)
         return Named(sent.value.digest, word.by_registry and sent.by_registry)
 
-    async def head_blob(self, reference: Reference, blob: Digest, keychain: Keychain) -> None:
-        """The proof that ``keychain`` may read a blob there. Raises as :meth:`manifest`."""
+    async def head_blob(self, reference: Reference, blob: Digest, keychain: Keychain) -> int | None:
+        """The proof that ``keychain`` may read a blob there, and its size where the registry says
+        it. Raises as :meth:`manifest`.
+        """
 
-        async def ask(host: Host, patience: Patience | None) -> None:
+        async def ask(host: Host, patience: Patience | None) -> int | None:
             wish = replace(_blob_wish(reference, blob, "HEAD"), patience=patience)
             answer = await self._ask(host, wish, keychain)
             if answer.is_page:
@@ -192,8 +217,11 @@ class Registry:
                     f"answers HTTP status {answer.status} to HEAD",
                     registry=host.name,
                 )
+            length: str = answer.headers.get("content-length", "")
+            told = answer.status == 200 and length.isascii() and length.isdigit()
+            return int(length) if told else None
 
-        await self._prove(reference, ask)
+        return (await self._prove(reference, ask)).value
 
     async def blob(
         self, reference: Reference, digest: Digest, size: int, keychain: Keychain

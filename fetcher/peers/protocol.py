@@ -1,4 +1,4 @@
-"""What peers say to each other beyond the OCI distribution API: headers, and which chunks are there.
+"""What peers say to each other beyond the OCI distribution API: headers, and what they have.
 
 A peer speaks the distribution API, so that any client can pull through it. These headers are what
 nodes of one cluster add. None of them carries an address, and nothing in them is believed that the
@@ -23,8 +23,12 @@ HOPS: Final = "Model-CSI-Hops"
 """Of a request: how many members it came through. From :data:`MOST_HOPS` on none is asked more."""
 LAYER: Final = "Model-CSI-Layer"
 """Of a request: the media type that the manifest gives the blob, by which it is laid out."""
+CHUNK: Final = "Model-CSI-Chunk"
+"""Of a request: the bytes of a chunk for who asks; its chunks are what owners are dealt."""
 HAVE: Final = "Model-CSI-Have"
 """Of an answer: which chunks of the blob are there; see :class:`Have`."""
+LOAD: Final = "Model-CSI-Load"
+"""Of an answer: how many uploads are under way there."""
 TRY: Final = "Model-CSI-Try"
 """Of a 429: the name of a member that was given this chunk a short while ago."""
 
