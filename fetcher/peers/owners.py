@@ -1,0 +1,104 @@
+"""Who owns which chunk: computed by every node for itself from the members, with no I/O.
+
+The members come in an order of a hash of (blob, name), and the chunks of the blob are dealt out
+along it in turn: who gets a chunk there is its **home**, which asks mirrors and the registry. In
+each other zone one member is dealt the chunk, too: it asks the home, and the others of its zone ask
+it. So each chunk leaves the registry once and enters each zone once, and all shares are equal,
+among the members as among those of one zone.
+
+Whoever is dealt a chunk next, were its owner not there, stands in for it. Stand-ins differ from
+chunk to chunk: those of one owner are taken over by everybody.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node that serves others."""
+
+    name: str
+    """By which it is dealt chunks: the same everywhere."""
+    address: str
+    """``host:port`` of its peer server."""
+    zone: str = ""
+
+
+def order(blob: str, members: Iterable[Member]) -> list[Member]:
+    """The members in the order along which the chunks of ``blob`` are dealt out."""
+    seed = hashlib.sha256(blob.encode() + b"\0")
+
+    def place(member: Member) -> bytes:
+        hasher = seed.copy()
+        hasher.update(member.name.encode())
+        return hasher.digest()
+
+    return sorted(members, key=place)
+
+
+class Owners:
+    """The owners of one blob's chunks, as long as the members stay the same."""
+
+    def __init__(self, blob: str, members: Iterable[Member]) -> None:
+        self._order = order(blob, members)
+        self._zones: dict[str, list[int]] = {}
+        """By zone, the places of its members in the order."""
+        for place, one in enumerate(self._order):
+            self._zones.setdefault(one.zone, []).append(place)
+
+    def home(self, chunk: int) -> Member | None:
+        """Who asks mirrors and registry for ``chunk``; None where there are no members."""
+        return self._order[chunk % len(self._order)] if self._order else None
+
+    def line(self, chunk: int, zone: str) -> tuple[Member, ...]:
+        """The owner of ``chunk`` in ``zone`` and who stands in for it; nobody in an empty zone.
+
+        Another one stands in for each round of dealing: an owner's chunks are taken over by all.
+        """
+        places = self._zones.get(zone)
+        if not places:
+            return ()
+        count, first = len(places), self._turn(chunk, zone)
+        turns = [first]
+        if count > 1:
+            turns.append((first + 1 + chunk // count % (count - 1)) % count)
+        return tuple(self._order[places[turn]] for turn in turns)
+
+    def asked_by(self, member: Member, chunk: int) -> tuple[Member, ...]:
+        """Whom ``member`` asks for ``chunk``, in turn, before mirrors and registry.
+
+        Only those who stand before it: no two members wait for each other. ``member`` may be one
+        that serves nobody.
+        """
+        before: list[Member] = []
+        for one in self.line(chunk, member.zone):
+            if one.name == member.name:
+                break
+            before.append(one)
+        home = self.home(chunk)
+        if home is None or home.zone == member.zone:
+            return tuple(before)
+        # across the border goes who owns the chunk here, and the others only without it
+        return (*before, *self.line(chunk, home.zone))
+
+    def fills(self, member: Member, chunk: int) -> bool:
+        """Whether ``member`` fetches ``chunk`` for others when it lacks it."""
+        return any(one.name == member.name for one in self.line(chunk, member.zone))
+
+    def _turn(self, chunk: int, zone: str) -> int:
+        """Which member of its zone is dealt ``chunk`` there."""
+        places, count = self._zones[zone], len(self._order)
+        round_, place = divmod(chunk, count)
+        before = bisect.bisect_left(places, place)
+        if self._order[place].zone == zone:
+            return before
+        # what has its home elsewhere is dealt out here in a turn of its own
+        return (round_ * (count - len(places)) + place - before) % len(places)
