@@ -19,6 +19,9 @@ PACKAGES := python3 python3-venv docker-registry skopeo apache2-utils fuse3 ipro
 	ca-certificates curl
 
 BIN := .venv/bin
+# More than there are processors, as tests wait more than they compute. Which test runs beside which is left to chance:
+# each has its own registry, folders and sockets.
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links
@@ -60,7 +63,7 @@ demo: setup  ## push a real model, mount it through CSI, load it from the mount
 
 .PHONY: test
 test: lint .tools/csi-sanity  ## everything: lint, unit, integration, csi-sanity
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 .PHONY: lint
 lint: setup  ## format, style, types, import directions
@@ -71,11 +74,11 @@ lint: setup  ## format, style, types, import directions
 
 .PHONY: unit
 unit: setup  ## the quick tests
-	@$(BIN)/python -m pytest tests/unit
+	@$(PYTEST) tests/unit
 
 .PHONY: integration
 integration: .tools/csi-sanity  ## real registry, real mounts, real processes
-	@$(BIN)/python -m pytest tests/integration
+	@$(PYTEST) tests/integration
 
 .PHONY: sanity
 sanity: .tools/csi-sanity  ## csi-sanity against serve --mode all

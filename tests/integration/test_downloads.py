@@ -62,9 +62,9 @@ def test_a_token_that_expires_while_others_are_served_is_renewed(
 ) -> None:
     builder, files = weights(*[PIECE] * 6)
     builder.push(token_registry, "tokens/queue", "v1")
-    tokens.lifetime = 3
+    tokens.lifetime = 2
     with serve_proxy(token_registry.address) as home:
-        home.faults = Faults(strict_tokens=True, bytes_per_second=PIECE / 1.5)
+        home.faults = Faults(strict_tokens=True, bytes_per_second=PIECE)
 
         async def main() -> None:
             robot = VolumeSecrets.parse({"username": "robot", "password": PASSWORD}, home.address)
@@ -269,7 +269,7 @@ def test_a_slow_registry_leaves_connections_to_a_fast_one(
     slow.push(registry, "fair/slow", "v1")
     fast, fast_files = weights(2 * PIECE)
     fast.push(registry, "fair/fast", "v1")
-    home.faults = Faults(ignore_range=not ranges, bytes_per_second=PIECE / 16)
+    home.faults = Faults(ignore_range=not ranges, bytes_per_second=PIECE / 8)
 
     async def work(node: Node) -> None:
         async def crawl() -> None:

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from csi.mount_table import mount_at
+from tests.support.at_once import at_once
 from tests.support.commands import ModelCsi, wait_until
 from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver, DriverProcess
@@ -143,17 +144,21 @@ def test_without_a_network_it_starts_and_has_what_it_had(
             target = running.target(pod)
             kubelet.publish_inline(f"csi-{pod}", target, attributes(reference, policy), timeout=30)
             assert (target / "model.safetensors").read_bytes() == data
-        for pod, context, secrets in (
-            ("five", attributes(reference, "Always"), None),
-            ("six", attributes(reference), {"username": "other", "password": "credentials"}),
-            ("seven", attributes("registry.example.org/acme/model:v1"), None),
-        ):
+
+        def refused(pod: str, context: dict[str, str], secrets: dict[str, str] | None) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 kubelet.publish_inline(
                     f"csi-{pod}", running.target(pod), context, secrets=secrets, timeout=100
                 )
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, caught.value.details()
             assert mount_at(running.target(pod)) is None
+
+        other = {"username": "other", "password": "credentials"}
+        at_once(
+            lambda: refused("five", attributes(reference, "Always"), None),
+            lambda: refused("six", attributes(reference), other),
+            lambda: refused("seven", attributes("registry.example.org/acme/model:v1"), None),
+        )
         for pod in ("one", "two", "three", "four"):
             kubelet.unpublish(f"csi-{pod}", running.target(pod))
     assert mounts_below(running.kubelet_dir) == []

@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from csi.mount_table import mount_at
+from tests.support.at_once import at_once
 from tests.support.commands import ModelCsi
 from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver, serve_driver
@@ -60,9 +61,15 @@ def push(registry: RegistryServer, repository: str, size: int = MIB) -> tuple[st
     return ModelBuilder().add_raw("model.safetensors", data).push(registry, repository, "v1"), data
 
 
-def failure(kubelet: CsiClient, target: Path, reference: str, secret: Secret) -> grpc.RpcError:
+def failure(
+    kubelet: CsiClient,
+    target: Path,
+    reference: str,
+    secret: Secret,
+    volume_id: str = "csi-one",
+) -> grpc.RpcError:
     with pytest.raises(grpc.RpcError) as caught:
-        kubelet.publish_inline("csi-one", target, attributes(reference), secrets=secret)
+        kubelet.publish_inline(volume_id, target, attributes(reference), secrets=secret)
     assert mount_at(target) is None
     return caught.value
 
@@ -342,9 +349,17 @@ def test_a_cached_model_is_for_the_team_that_the_registry_lets_read_it(tmp_path:
                 "csi-red-2", running.target("red-2"), attributes(reference), secrets=red
             )
             assert (running.target("red-2") / "model.safetensors").read_bytes() == data
-            for secret in (blue, {}, login("red", "guessed")):
-                error = failure(kubelet, running.target("blue"), reference, secret)
+
+            def refused(pod: str, secret: Secret) -> None:
+                target = running.target(pod)
+                error = failure(kubelet, target, reference, secret, f"csi-{pod}")
                 assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+            at_once(
+                lambda: refused("blue", blue),
+                lambda: refused("nobody", {}),
+                lambda: refused("guess", login("red", "guessed")),
+            )
             kubelet.unpublish("csi-red", target)
             kubelet.unpublish("csi-red-2", running.target("red-2"))
     finally:
