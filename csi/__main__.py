@@ -19,6 +19,7 @@ from csi.agent_client import Patience, take_over
 from csi.cli.app import main as run_command
 from csi.cli.program import Program
 from csi.pins import pinned_trees
+from csi.served import Folders
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
 from fetcher.collector import keep_in_order
@@ -74,8 +75,9 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             closing.callback(jobs.close)
             pulls = Pulls(store, registry, jobs, pull_settings(config), downloads)
             records = VolumeRecords(store.database)
-            store.garbage.pin(lambda: pinned_trees(records, store.models_folder))
-            volumes = Volumes(records, pulls, store.models_folder, config.kubelet_dir)
+            folders = Folders.of(store.root)
+            store.garbage.pin(lambda: pinned_trees(records, folders))
+            volumes = Volumes(records, pulls, store.root, config.kubelet_dir)
             keychain = node_keychain(config)
             calls = AgentCalls(
                 store=store,

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from csi.mount_table import mount_at, mount_table
 from csi.mounts import binds_in_one_step
-from csi.pins import MountedTree, mounted_trees
-from csi.state import VolumeState
+from csi.served import MountedTree, mounted_trees
+from csi.state import Shown, VolumeState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
     from csi.mount_table import Mount
+    from csi.served import Folders
     from csi.state import VolumeRecord
 
 
@@ -34,7 +35,7 @@ class Remedy(enum.Enum):
     """Take away whatever is left, and the record."""
 
 
-def remedy(record: VolumeRecord, models_folder: Path, *, has_place: bool) -> Remedy:
+def remedy(record: VolumeRecord, folders: Folders, *, has_place: bool) -> Remedy:
     """What to do about ``record`` after a start.
 
     ``has_place`` says whether the folder that holds its target is there: in Kubernetes the pod's.
@@ -44,30 +45,33 @@ def remedy(record: VolumeRecord, models_folder: Path, *, has_place: bool) -> Rem
         case VolumeState.PUBLISHED if mount is not None:
             return Remedy.KEEP
         case VolumeState.PUBLISHING if has_place:
-            right = mount is not None and shows(mount, record, models_folder)
+            right = mount is not None and shows(mount, record, folders)
             return Remedy.FINISH if right else Remedy.UNDO
         case _:
             return Remedy.FORGET
 
 
-def shows(mount: Mount, record: VolumeRecord, models_folder: Path) -> bool:
+def shows(mount: Mount, record: VolumeRecord, folders: Folders) -> bool:
     """Whether ``mount`` is what the last step of publishing ``record`` makes.
 
-    The tree of that model, read-only here and, as it was made in one step, wherever it propagated
-    to.
+    The tree of that model, or what its worker serves at present; read-only here and, as it was made
+    in one step, wherever it propagated to.
     """
     if not mount.locked or mount.deleted or not binds_in_one_step():
         return False
-    tree = whole_tree(mount, models_folder)
-    return tree is not None and (str(tree.model), tree.selection) == (
-        record.model,
-        record.selection,
-    )
+    tree = whole_tree(mount, folders)
+    if tree is None or (str(tree.model), tree.selection) != (record.model, record.selection):
+        return False
+    if not tree.lazy:
+        return record.shown is Shown.BIND
+    # of a worker that died another file system is there, if any
+    serving = mount_at(folders.mountpoint(tree.key))
+    return record.shown is Shown.LAZY and serving is not None and serving.device == mount.device
 
 
-def whole_tree(mount: Mount, models_folder: Path) -> MountedTree | None:
+def whole_tree(mount: Mount, folders: Folders) -> MountedTree | None:
     """The tree that ``mount`` shows; None if it shows something within one, or something else."""
-    trees = mounted_trees(mount_table(), models_folder, (mount,))
+    trees = mounted_trees(mount_table(), folders, (mount,))
     return next((tree for tree in trees if tree.whole), None)
 
 
@@ -91,7 +95,7 @@ def is_shown(record: VolumeRecord) -> bool:
 
 
 def unknown_mounts(
-    records: Iterable[VolumeRecord], models_folder: Path, folder: Path
+    records: Iterable[VolumeRecord], folders: Folders, folder: Path
 ) -> list[MountedTree]:
     """Mounts of whole trees below ``folder`` that no record knows, as after a lost ``state.db``.
 
@@ -100,7 +104,7 @@ def unknown_mounts(
     known = {record.target for record in records}
     found = {
         tree.target: tree
-        for tree in mounted_trees(mount_table(), models_folder)
+        for tree in mounted_trees(mount_table(), folders)
         if tree.whole and tree.target not in known and tree.target.is_relative_to(folder)
     }
     return list(found.values())

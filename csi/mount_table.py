@@ -39,6 +39,8 @@ class Mount:
     options: frozenset[str]
     """Of this mount alone; the file system may be read-only besides."""
     type: str
+    source: str = ""
+    """What was mounted, as whoever mounted it named it: a device, or a text of his choice."""
 
     @property
     def origin(self) -> str:
@@ -133,6 +135,7 @@ def _parse_line(line: bytes) -> Mount:
             mountpoint=_unescaped(fields[4]),
             options=frozenset(os.fsdecode(fields[5]).split(",")),
             type=_unescaped(fields[separator + 1]),
+            source=_unescaped(fields[separator + 2]),
         )
     except (ValueError, IndexError) as error:
         raise Unavailable(f"a line of {MOUNT_TABLE} cannot be read: {line[:200]!r}") from error

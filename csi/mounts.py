@@ -121,25 +121,47 @@ async def bind_read_only(source: Path, target: Path) -> None:
         await trio.to_thread.run_sync(_bind, source, target, limiter=trio.CapacityLimiter(1))
 
 
+async def bind_over(source: Path, target: Path) -> None:
+    """Show the folder ``source`` over the mount that is at ``target``, whatever became of that.
+
+    As :func:`bind_read_only`, and nothing is asked of what is mounted there: it may be dead.
+    """
+    await trio.lowlevel.checkpoint()
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(_bind_over, source, target, limiter=trio.CapacityLimiter(1))
+
+
+def _bind_over(source: Path, target: Path) -> None:
+    with (
+        _folder(source, "the model's mount") as tree,
+        _folder(target, "the target", os.O_PATH) as place,
+    ):
+        _bind_tree(tree, place, target)
+
+
 def _bind(source: Path, target: Path) -> None:
     with _folder(source, "the model's tree") as tree, _folder(target, "the target") as place:
         with os.scandir(place) as entries:
             if next(entries, None) is not None:
                 raise Conflict(f"the target {target} is not empty: it stays as it is")
+        _bind_tree(tree, place, target)
+
+
+def _bind_tree(tree: int, place: int, target: Path) -> None:
+    try:
         try:
-            try:
-                bind_by_mount_api(tree, place)
-            except MountApiMissing:
-                bind_by_mount(tree, place, target)
-        except OSError as error:
-            raise _mount_error(target, error) from error
+            bind_by_mount_api(tree, place)
+        except MountApiMissing:
+            bind_by_mount(tree, place, target)
+    except OSError as error:
+        raise _mount_error(target, error) from error
 
 
 @contextmanager
-def _folder(path: Path, what: str) -> Iterator[int]:
+def _folder(path: Path, what: str, how: int = os.O_RDONLY) -> Iterator[int]:
     """A descriptor of a folder: what was checked through it is what is mounted."""
     try:
-        descriptor = os.open(path, _FOLDER)
+        descriptor = os.open(path, _FOLDER | how)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
             raise InvalidRequest(f"{what} {path} is not a folder: {error.strerror}") from error
@@ -259,6 +281,25 @@ async def unmount(target: Path, ours: Callable[[Mount], bool] | None = None) -> 
             )
         await _unmount_one(target, mount)
     raise Unavailable(f"{target} has more than {MAX_STACKED} mounts on top of each other")
+
+
+async def unmount_all_but_lowest(target: Path, ours: Callable[[Mount], bool]) -> None:
+    """Remove what is stacked at ``target`` upon the lowest mount, as :func:`unmount` does."""
+    for _ in range(MAX_STACKED):
+        mount = mount_at(target)
+        if mount is None or mount.parent not in _ids_at(target):
+            return
+        if not ours(mount):
+            raise Conflict(
+                f"{target} is a mount of something else ({mount.type}): it stays as it is",
+                target=target,
+            )
+        await _unmount_one(target, mount)
+    raise Unavailable(f"{target} has more than {MAX_STACKED} mounts on top of each other")
+
+
+def _ids_at(target: Path) -> set[int]:
+    return {mount.id for mount in mount_table() if mount.mountpoint == str(target)}
 
 
 async def _unmount_one(target: Path, mount: Mount) -> None:

@@ -1,4 +1,4 @@
-"""Showing a model's tree at a target, and clearing the target again, record by record.
+"""Showing a model at a target, and clearing the target again, record by record.
 
 A record is written before anything is done and taken back after it was undone. Whoever calls this
 has the target's turn (:mod:`csi.turns`).
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from csi import targets
 from csi.conditions import shows, whole_tree
 from csi.mount_table import mount_at, mount_table, shows_below
-from csi.mounts import bind_read_only, unmount
+from csi.mounts import bind_over, bind_read_only, unmount, unmount_all_but_lowest
+from csi.served import served
 from csi.state import VolumeState
 from csi.targets import Found
 from fetcher.errors import Unavailable
@@ -22,29 +23,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from csi.mount_table import Mount
-    from csi.pins import MountedTree
+    from csi.served import Folders, MountedTree
     from csi.state import VolumeRecord, VolumeRecords
-    from fetcher.store import ModelTree
 
 
 class Placement:
     """The targets of a node. Belongs to the trio thread."""
 
-    def __init__(self, records: VolumeRecords, models_folder: Path) -> None:
-        """``models_folder`` holds every tree that is bound, and exists."""
+    def __init__(self, records: VolumeRecords, folders: Folders) -> None:
+        """``folders`` hold everything that is bound."""
         self._records = records
-        self.models_folder = models_folder.resolve()
+        self.folders = folders
 
-    async def show(self, tree: ModelTree, record: VolumeRecord) -> None:
-        """Bind the tree and record it as published.
+    async def show(self, source: Path, record: VolumeRecord) -> None:
+        """Bind ``source`` and record it as published.
 
         A mount that a killed call left, or whose record was lost, stays if it is right, as a pod
         may read it already; else it makes way.
         """
         target = record.target
-        record = replace(record, size=tree.size, files=tree.files)
         mount = mount_at(target)
-        if mount is None or not shows(mount, record, self.models_folder):
+        if mount is None or not shows(mount, record, self.folders):
             await unmount(target, self._ours(record))
             missing = await targets.inspect(target) is Found.MISSING
             record = replace(record, made_target=record.made_target or missing)
@@ -52,7 +51,7 @@ class Placement:
             self._records.save(record)
             if missing:
                 await targets.make(target)
-            await bind_read_only(tree.path, target)
+            await bind_read_only(source, target)
         # no checkpoint from the end of the bind to the record: a cancellation finds both or neither
         self.finish(record)
 
@@ -62,6 +61,26 @@ class Placement:
         if mount is None or not mount.locked:
             raise Unavailable(f"{record.target} was mounted, and is not read-only or gone again")
         self._records.save(replace(record, state=VolumeState.PUBLISHED, origin=mount.origin))
+
+    async def renew(self, source: Path, record: VolumeRecord) -> None:
+        """Show ``source``, what the worker serves that took a dead one's place, at a target.
+
+        The mount of the worker that died first stays beneath: what is mounted upon it appears in
+        every container that has a copy of it with ``mountPropagation: HostToContainer``; a mount
+        that took its place would not. A target that shows it already is left as it is.
+        """
+        target = record.target
+        mount = mount_at(target)
+        if mount is not None and shows(mount, record, self.folders):
+            # a kill between the bind and its record
+            self.finish(record)
+            return
+        await unmount_all_but_lowest(target, self._ours(record))
+        if mount_at(target) is None:
+            await bind_read_only(source, target)
+        else:
+            await bind_over(source, target)
+        self.finish(record)
 
     async def undo(self, record: VolumeRecord) -> None:
         """Remove a half-made mount of ours; the record stays."""
@@ -83,14 +102,16 @@ class Placement:
         self._records.remove(volume_id, target)
 
     def is_ours(self, mount: Mount, record: VolumeRecord | None) -> bool:
-        """Whether the record names the mount, or it shows a tree of the store."""
+        """Whether the record names the mount, or it shows a tree of the store, or a worker's."""
         if record is not None and record.origin == mount.origin:
             return True
-        return shows_below(mount_table(), mount, self.models_folder)
+        if any(served((mount,), self.folders.lazy)):
+            return True
+        return shows_below(mount_table(), mount, self.folders.models)
 
     def tree_of(self, mount: Mount) -> MountedTree | None:
         """The tree of the store that ``mount`` shows, if it shows a whole one."""
-        return whole_tree(mount, self.models_folder)
+        return whole_tree(mount, self.folders)
 
     def _ours(self, record: VolumeRecord | None) -> Callable[[Mount], bool]:
         return lambda mount: self.is_ours(mount, record)

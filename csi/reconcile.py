@@ -49,7 +49,7 @@ async def reconcile(records: VolumeRecords, placement: Placement, turns: Turns) 
 
 async def _apply(record: VolumeRecord, placement: Placement) -> None:
     has_place = await targets.parent_exists(record.target)
-    match remedy(record, placement.models_folder, has_place=has_place):
+    match remedy(record, placement.folders, has_place=has_place):
         case Remedy.KEEP:
             pass
         case Remedy.FINISH:

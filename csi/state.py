@@ -28,12 +28,22 @@ CREATE TABLE IF NOT EXISTS volumes (
     fingerprint TEXT NOT NULL, reference TEXT NOT NULL, digest TEXT NOT NULL, model TEXT NOT NULL,
     selection TEXT NOT NULL, made_target INTEGER NOT NULL, origin TEXT, size INTEGER NOT NULL,
     files INTEGER NOT NULL, pod TEXT, created REAL NOT NULL,
+    shown TEXT NOT NULL DEFAULT 'bind', prefetch TEXT NOT NULL DEFAULT 'all', reason TEXT,
     PRIMARY KEY (volume_id, target)) STRICT
 """
-_COLUMNS: Final = (
-    "volume_id, target, state, fingerprint, reference, digest, model, selection, made_target, "
-    "origin, size, files, pod, created"
+_ADDED: Final = {
+    "shown": "TEXT NOT NULL DEFAULT 'bind'",
+    "prefetch": "TEXT NOT NULL DEFAULT 'all'",
+    "reason": "TEXT",
+}
+"""Columns that a table of an earlier version lacks; it had bound all of its volumes."""
+
+_NAMES: Final = (
+    *("volume_id", "target", "state", "fingerprint", "reference", "digest", "model", "selection"),
+    *("made_target", "origin", "size", "files", "pod", "created", "shown", "prefetch", "reason"),
 )
+_COLUMNS: Final = ", ".join(_NAMES)
+_PLACES: Final = ", ".join("?" * len(_NAMES))
 
 
 class Database(Protocol):
@@ -52,6 +62,15 @@ class VolumeState(enum.Enum):
     """Resolved, perhaps downloading, perhaps mounted: no call has said so yet."""
     PUBLISHED = "published"
     UNPUBLISHING = "unpublishing"
+
+
+class Shown(enum.Enum):
+    """What is bound at a target."""
+
+    BIND = "bind"
+    """The tree of a complete model: no process stands between a pod and its files."""
+    LAZY = "lazy"
+    """The mount of the model's worker."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,11 @@ class VolumeRecord:
     pod: str | None
     created: float
     """Seconds since the epoch."""
+    shown: Shown = Shown.BIND
+    prefetch: str = "all"
+    """What the worker's model is to fetch unasked, as the volume's attributes have it."""
+    reason: str | None = None
+    """Why it is shown as it is, where its mode left that open."""
 
 
 class VolumeRecords:
@@ -89,6 +113,10 @@ class VolumeRecords:
         self._database = database
         with database.transaction() as connection:
             connection.execute(_TABLE)
+            there = {row[1] for row in connection.execute("PRAGMA table_info(volumes)")}
+            for name, kind in _ADDED.items():
+                if name not in there:
+                    connection.execute(f"ALTER TABLE volumes ADD COLUMN {name} {kind}")
 
     def get(self, volume_id: str, target: Path) -> VolumeRecord | None:
         """The record of a volume at a target."""
@@ -122,7 +150,7 @@ class VolumeRecords:
         with self._database.transaction() as connection:
             connection.execute(
                 f"INSERT OR REPLACE INTO volumes ({_COLUMNS}) "  # noqa: S608 (a constant)
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"VALUES ({_PLACES})",
                 (
                     record.volume_id,
                     str(record.target),
@@ -138,6 +166,9 @@ class VolumeRecords:
                     record.files,
                     record.pod,
                     record.created,
+                    record.shown.value,
+                    record.prefetch,
+                    record.reason,
                 ),
             )
 
@@ -166,7 +197,7 @@ def _unreadable(error: sqlite3.Error) -> ModelError:
 def _read(row: Sequence[object]) -> VolumeRecord | None:
     """A row as a record; None, and a line in the log, for one that another version wrote."""
     (volume_id, target, state, fingerprint, reference, digest, model, selection, made_target,
-     origin, size, files, pod, created) = row  # fmt: skip
+     origin, size, files, pod, created, shown, prefetch, reason) = row  # fmt: skip
     try:
         return VolumeRecord(
             volume_id=str(volume_id),
@@ -183,6 +214,9 @@ def _read(row: Sequence[object]) -> VolumeRecord | None:
             files=int(str(files)),
             pod=None if pod is None else str(pod),
             created=float(str(created)),
+            shown=Shown(shown),
+            prefetch=str(prefetch),
+            reason=None if reason is None else str(reason),
         )
     except ValueError as error:
         logger.error("the record of volume %s at %s is passed over: %s", volume_id, target, error)

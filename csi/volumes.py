@@ -1,4 +1,4 @@
-"""The way of a volume, top to bottom: check, resolve, record, pull, mount, record; and back.
+"""The way of a volume: check, resolve, decide, record, pull, mount, record; and back.
 
 What a crash or a cancellation leaves is told by the record and the mount table together, and every
 call starts by looking at both: a mount counts only if a record says *published*; anything else of
@@ -13,17 +13,20 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from csi import targets
 from csi.attributes import Mode, differences
-from csi.conditions import is_shown, problem, unknown_mounts
+from csi.conditions import is_shown, unknown_mounts
+from csi.lazy_volumes import Showing
 from csi.mount_table import mount_at
 from csi.placement import Placement
 from csi.reconcile import reconcile
-from csi.state import VolumeRecord, VolumeState
+from csi.served import Folders, TreeKey
+from csi.state import Shown, VolumeRecord, VolumeState
+from csi.stats import STATS_TIMEOUT, VolumeStats, stats_of
 from csi.turns import Turns
 from csi.waiting import wait_for_tree
 from fetcher.errors import (
@@ -33,62 +36,29 @@ from fetcher.errors import (
     InvalidRequest,
     ModelError,
     NotFound,
+    Unavailable,
     Unsupported,
 )
 from fetcher.oci import Digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from csi.attributes import VolumeAttributes
+    from csi.lazy_volumes import LazyVolumes
     from csi.mount_table import Mount
-    from csi.pins import MountedTree
+    from csi.served import MountedTree
     from csi.state import VolumeRecords
-    from csi.waiting import RunningPull
+    from csi.waiting import PullService
     from fetcher.credentials import Keychain
-    from fetcher.modelpack import Selection
     from fetcher.oci import Reference
-    from fetcher.policy import PullPolicy
     from fetcher.pull import Resolved
     from fetcher.store import ModelTree
 
 logger = logging.getLogger(__name__)
 
-STATS_TIMEOUT: Final = 2.0
-"""Seconds for each of the two questions that stats ask: together below their five."""
-
 UNDO_TIMEOUT: Final = 15.0
-
-
-class PullService(Protocol):
-    """What is needed of :class:`fetcher.pull.Pulls`."""
-
-    def check(self, reference: Reference) -> None:
-        """Raise :class:`AccessDenied` for a reference that the node's policy does not allow."""
-
-    async def resolve(
-        self, reference: Reference, keychain: Keychain, policy: PullPolicy
-    ) -> Resolved:
-        """The model, proven to be readable with ``keychain``."""
-
-    def join(
-        self, resolved: Resolved, selection: Selection, holder: str | None = None
-    ) -> AbstractContextManager[RunningPull]:
-        """The pull of the model, started or joined; leaving the block stops waiting for it.
-
-        It goes on for a ``holder`` that leaves, until :meth:`release` or for some minutes.
-        """
-
-    def release(self, holder: str) -> None:
-        """``holder`` does not come again."""
-
-    def left(self, model: str, selection: str) -> None:
-        """A volume does not show this tree any more: it was used until now."""
-
-    def is_damaged(self, model: str, selection: str) -> bool:
-        """Whether this tree was found to be damaged, and has not been put right since."""
 
 
 @dataclass(frozen=True)
@@ -103,29 +73,26 @@ class PublishRequest:
     """``namespace/name``, for log lines."""
 
 
-@dataclass(frozen=True)
-class VolumeStats:
-    """What NodeGetVolumeStats answers."""
-
-    bytes_used: int
-    files: int
-    abnormal: bool
-    message: str
-
-
 class Volumes:
     """Publishes and unpublishes volumes. Belongs to the trio thread."""
 
     def __init__(
-        self, records: VolumeRecords, pulls: PullService, models_folder: Path, kubelet_dir: Path
+        self,
+        records: VolumeRecords,
+        pulls: PullService,
+        root: Path,
+        kubelet_dir: Path,
+        lazy: LazyVolumes | None = None,
     ) -> None:
-        """``models_folder`` holds every tree that is bound, and exists.
+        """``root`` holds everything that is bound, and exists.
 
-        ``kubelet_dir`` is where mounts are looked for that nobody knows.
+        ``kubelet_dir`` is where mounts are looked for that nobody knows. Without ``lazy`` no volume
+        is shown while its model is still fetched.
         """
         self._records = records
         self._pulls = pulls
-        self._placement = Placement(records, models_folder)
+        self._lazy = lazy
+        self._placement = Placement(records, Folders.of(root))
         self._kubelet_dir = kubelet_dir
         self._turns = Turns()
 
@@ -142,12 +109,12 @@ class Volumes:
         """
         deadline = math.inf if wait is None else trio.current_time() + wait
         _check_volume_id(request.volume_id)
-        _check_mode(request.attributes.mode)
         request = replace(request, target=await targets.locate(request.target))
         with self._turns.take(request.volume_id, request.target) as turn, turn.interruptibly():
             known = bool(self._records.of_target(request.target))
             previous = self._agreeing_record(request)
             if previous is not None and is_shown(previous):
+                await self._renew(request, previous)
                 return
             found = await self._check_target(request.target, previous)
             try:
@@ -160,19 +127,43 @@ class Volumes:
                     # refused now: what an earlier call began must not go on in its name
                     self._pulls.release(_holder(request.volume_id, request.target))
                 raise
-            record = self._begin(request, resolved, previous)
+            showing = self._decide(request, resolved, found)
+            record = self._begin(request, resolved, previous, showing)
             try:
-                tree = await self._pull(resolved, request, deadline)
-                await self._placement.show(tree, record)
+                source, record = await self._source(record, resolved, request, deadline)
+                await self._placement.show(source, record)
             except InProgress:
                 # the download goes on; the record keeps its digest for the next call
                 raise
             except Exception:
                 await self._undo(record, previous, found)
                 raise
+            if previous is not None:
+                await self._left(previous)
         logger.info(
-            "published volume %s (pod %s): %s", record.volume_id, record.pod, resolved.reference
+            "published volume %s (pod %s): %s, %s%s",
+            record.volume_id,
+            record.pod,
+            resolved.reference,
+            "lazy" if record.shown is Shown.LAZY else "complete",
+            f" ({record.reason})" if record.reason else "",
         )
+
+    async def _renew(self, request: PublishRequest, record: VolumeRecord) -> None:
+        """The volume is published: what it brings now may be newer than what it brought before."""
+        if record.shown is Shown.LAZY and self._lazy is not None:
+            holder = _holder(record.volume_id, record.target)
+            await self._lazy.renew(record, request.attributes, request.keychain, holder)
+
+    def _decide(self, request: PublishRequest, resolved: Resolved, found: Mount | None) -> Showing:
+        """How to show the volume. Raises :class:`Unsupported` for a mode that cannot be."""
+        mode = request.attributes.mode
+        if self._lazy is not None:
+            tree = None if found is None else self._placement.tree_of(found)
+            return self._lazy.decide(request.attributes, resolved, tree)
+        if mode is Mode.LAZY:
+            raise Unsupported("the volume's mode is lazy, and this process shows none that way")
+        return Showing(Shown.BIND)
 
     def _agreeing_record(self, request: PublishRequest) -> VolumeRecord | None:
         """The volume's record at this target. Raises :class:`Conflict` for other parameters."""
@@ -252,7 +243,11 @@ class Volumes:
         return resolved
 
     def _begin(
-        self, request: PublishRequest, resolved: Resolved, previous: VolumeRecord | None
+        self,
+        request: PublishRequest,
+        resolved: Resolved,
+        previous: VolumeRecord | None,
+        showing: Showing,
     ) -> VolumeRecord:
         """The record that pins the model, written before anything of it is there."""
         model, selection = str(resolved.model.digest), request.attributes.selection.key
@@ -273,9 +268,32 @@ class Volumes:
             files=previous.files if previous is not None and same else 0,
             pod=request.pod,
             created=previous.created if previous is not None else time.time(),
+            shown=showing.shown,
+            prefetch=request.attributes.prefetch.value,
+            reason=showing.reason,
         )
         self._records.save(record)
         return record
+
+    async def _source(
+        self, record: VolumeRecord, resolved: Resolved, request: PublishRequest, deadline: float
+    ) -> tuple[Path, VolumeRecord]:
+        """What is to be bound, which is there, and the record with what it holds."""
+        if record.shown is Shown.LAZY and self._lazy is not None:
+            holder = _holder(record.volume_id, record.target)
+            record = await self._lazy.open(record, resolved, request.attributes, holder)
+            try:
+                return await self._lazy.start(record), record
+            except Unavailable as error:
+                if request.attributes.mode is not Mode.AUTO:
+                    raise
+                logger.warning("%s; volume %s becomes eager", error.message, record.volume_id)
+                given_up = record
+                record = replace(record, shown=Shown.BIND, reason=error.message)
+                self._records.save(record)
+                await self._left(given_up)
+        tree = await self._pull(resolved, request, deadline)
+        return tree.path, replace(record, size=tree.size, files=tree.files)
 
     async def _pull(
         self, resolved: Resolved, request: PublishRequest, deadline: float
@@ -300,6 +318,7 @@ class Volumes:
                 self._records.remove(record.volume_id, record.target)
             else:
                 self._records.save(previous)
+            await self._left(record)
             return
         with trio.CancelScope(shield=True), trio.move_on_after(UNDO_TIMEOUT):
             try:
@@ -327,10 +346,22 @@ class Volumes:
 
     async def _take_down(self, volume_id: str, target: Path) -> None:
         record = self._records.get(volume_id, target)
+        mount = mount_at(target)
+        shown = None if mount is None else self._placement.tree_of(mount)
         self._pulls.release(_holder(volume_id, target))
         await self._placement.clear(volume_id, target)
         if record is not None:
+            await self._left(record)
             self._pulls.left(record.model, record.selection)
+        elif shown is not None and shown.lazy and self._lazy is not None:
+            # its record was lost
+            await self._lazy.left(shown.key)
+
+    async def _left(self, record: VolumeRecord) -> None:
+        """What a record named is not shown by it any more: the last one ends the model's worker."""
+        key = TreeKey.of(record.model, record.selection)
+        if record.shown is Shown.LAZY and self._lazy is not None and key is not None:
+            await self._lazy.left(key)
 
     # -- what is there -----------------------------------------------------------------------------
 
@@ -343,18 +374,7 @@ class Volumes:
         record = self._records.get(volume_id, target)
         if record is None or record.state is not VolumeState.PUBLISHED:
             raise NotFound(f"volume {volume_id[:200]} is not published at {target}")
-        wrong = problem(record)
-        if wrong is None and not await targets.answers(target, STATS_TIMEOUT):
-            wrong = "its file system does not answer"
-        if wrong is None and self._pulls.is_damaged(record.model, record.selection):
-            wrong = "its files were found to be damaged; run 'model-csi verify' on the node"
-        message = wrong or "mounted read-only from the node's store"
-        return VolumeStats(
-            bytes_used=record.size,
-            files=record.files,
-            abnormal=wrong is not None,
-            message=f"model {record.reference} ({record.digest}): {message}",
-        )
+        return await stats_of(record, self._pulls, self._lazy)
 
     def list(self) -> list[VolumeRecord]:
         """Every volume that is recorded, published or not."""
@@ -365,6 +385,8 @@ class Volumes:
     async def reconcile(self) -> None:
         """Bring records and mounts together after a start; see :func:`csi.reconcile.reconcile`."""
         await reconcile(self._records, self._placement, self._turns)
+        if self._lazy is not None:
+            await self._lazy.restore()
         for tree in self.unknown_mounts():
             logger.warning(
                 "no volume is known for the mount of model %s at %s: it stays, and so does the "
@@ -376,7 +398,12 @@ class Volumes:
     def unknown_mounts(self) -> Sequence[MountedTree]:
         """Mounts of models below kubelet's folder that no record knows."""
         folder = self._kubelet_dir.resolve()
-        return unknown_mounts(self._records.all(), self._placement.models_folder, folder)
+        return unknown_mounts(self._records.all(), self._placement.folders, folder)
+
+    async def tend(self) -> None:
+        """Keep lazily shown volumes going, until cancelled; after :meth:`reconcile`."""
+        if self._lazy is not None:
+            await self._lazy.tend(self._placement, self._turns)
 
 
 def _pinned(reference: Reference, previous: VolumeRecord | None) -> Reference | None:
@@ -398,10 +425,3 @@ def _check_volume_id(volume_id: str) -> None:
     """Raise :class:`InvalidRequest` for an id that cannot be recorded or shown."""
     if not volume_id or len(volume_id) > 1024 or not volume_id.isprintable():
         raise InvalidRequest("the volume id is empty, too long, or has control characters")
-
-
-def _check_mode(mode: Mode) -> None:
-    if mode is Mode.LAZY:
-        raise Unsupported(
-            "the volume's mode is lazy: lazily mounted volumes are not in this version; use eager"
-        )

@@ -11,7 +11,13 @@ from fetcher.errors import InProgress
 from fetcher.quantities import bytes_text
 
 if TYPE_CHECKING:
-    from fetcher.pull import Progress
+    from contextlib import AbstractContextManager
+
+    from fetcher.credentials import Keychain
+    from fetcher.modelpack import Selection
+    from fetcher.oci import Reference
+    from fetcher.policy import PullPolicy
+    from fetcher.pull import Progress, Resolved
     from fetcher.store import ModelTree
 
 SAMPLE_SECONDS: Final = 1.0
@@ -30,6 +36,35 @@ class RunningPull(Protocol):
 
     async def wait(self) -> ModelTree:
         """The tree, or what the pull failed with; leaving the wait does not stop the pull."""
+
+
+class PullService(Protocol):
+    """What is needed of :class:`fetcher.pull.Pulls`."""
+
+    def check(self, reference: Reference) -> None:
+        """Raise :class:`AccessDenied` for a reference that the node's policy does not allow."""
+
+    async def resolve(
+        self, reference: Reference, keychain: Keychain, policy: PullPolicy
+    ) -> Resolved:
+        """The model, proven to be readable with ``keychain``."""
+
+    def join(
+        self, resolved: Resolved, selection: Selection, holder: str | None = None
+    ) -> AbstractContextManager[RunningPull]:
+        """The pull of the model, started or joined; leaving the block stops waiting for it.
+
+        It goes on for a ``holder`` that leaves, until :meth:`release` or for some minutes.
+        """
+
+    def release(self, holder: str) -> None:
+        """``holder`` does not come again."""
+
+    def left(self, model: str, selection: str) -> None:
+        """A volume does not show this tree any more: it was used until now."""
+
+    def is_damaged(self, model: str, selection: str) -> bool:
+        """Whether this tree was found to be damaged, and has not been put right since."""
 
 
 async def wait_for_tree(pull: RunningPull, reference: str, deadline: float) -> ModelTree:

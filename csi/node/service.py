@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from csi.bridge import Call
     from csi.config import Config
-    from csi.volumes import PublishRequest, VolumeStats
+    from csi.stats import VolumeStats
+    from csi.volumes import PublishRequest
     from fetcher.credentials import Keychain
 
 Capability = csi_pb2.NodeServiceCapability

@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from csi.mount_table import mount_table
-from csi.pins import MountedTree, mounted_trees, pinned_trees
+from csi.pins import pinned_trees
+from csi.served import Folders, MountedTree, mounted_trees
 from csi.state import VolumeState
 from fetcher.errors import InProgress, ModelError
 from fetcher.modelpack import Selection
@@ -33,7 +34,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 def pins(node: Node) -> set[tuple[Digest, str]]:
-    return pinned_trees(node.records, node.models)
+    return pinned_trees(node.records, Folders.of(node.folder))
 
 
 @pytest.mark.parametrize("state", VolumeState)
@@ -86,7 +87,7 @@ def test_a_pods_sub_path_pins_the_tree_that_it_is_in(node: Node) -> None:
     mount_bind(inside, place)
     mount_bind(tree / "model.txt", file)
     assert pins(node) == {(ONE, "")}
-    assert mounted_trees(mount_table(), node.models) == [
+    assert mounted_trees(mount_table(), Folders.of(node.folder)) == [
         MountedTree(ONE, "", place, whole=False),
         MountedTree(ONE, "", file, whole=False),
     ]
@@ -121,8 +122,8 @@ def test_the_root_may_be_a_mount_of_any_kind(tmp_path: Path) -> None:
                 trio.run(node.publish)
                 node.lose_state()
                 # one file system, so all three name the tree by the place at which it really is
-                assert pinned_trees(node.records, node.folder / "models") == {(ONE, "")}
-                assert pinned_trees(node.records, folder / "models") == {(ONE, "")}
+                assert pinned_trees(node.records, Folders.of(node.folder)) == {(ONE, "")}
+                assert pinned_trees(node.records, Folders.of(folder)) == {(ONE, "")}
 
 
 def test_nothing_is_unused_where_the_records_cannot_be_read(node: Node) -> None:

@@ -10,7 +10,7 @@ import trio
 
 from csi.mount_table import mount_at
 from csi.mounts import bind_read_only, binds_in_one_step
-from csi.pins import MountedTree
+from csi.served import MountedTree
 from csi.state import VolumeState
 from fetcher.errors import Conflict, InProgress, NotFound, Unavailable
 from fetcher.modelpack import Selection

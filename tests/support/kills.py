@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _REPOSITORY = Path(__file__).parents[2]
 _OURS = tuple(f"{_REPOSITORY}/{package}/" for package in ("csi", "fetcher"))
-_READERS = ("csi/mount_table.py", "csi/pins.py", "csi/conditions.py", "fetcher/oci.py")
+_READERS = (
+    *("csi/mount_table.py", "csi/pins.py", "csi/served.py", "csi/conditions.py", "fetcher/oci.py"),
+)
 """Modules that change nothing: a kill in them is one before the next call of another."""
 
 

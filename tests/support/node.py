@@ -40,7 +40,7 @@ class Node:
     def start(self) -> None:
         self.database = Database(self.folder / "state.db")
         self.records = VolumeRecords(self.database)
-        self.volumes = Volumes(self.records, self.pulls, self.models, self.pods)
+        self.volumes = Volumes(self.records, self.pulls, self.folder, self.pods)
 
     def restart(self) -> None:
         """As after a kill: the database is opened again, nothing is undone."""

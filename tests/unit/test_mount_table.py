@@ -44,6 +44,7 @@ def test_a_line_is_read() -> None:
         mountpoint="/pods/one/mount",
         options=frozenset({"ro", "nosuid", "nodev", "relatime"}),
         type="xfs",
+        source="sdb",
     )
     assert mount.locked
     assert not mount.deleted

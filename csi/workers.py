@@ -1,0 +1,480 @@
+"""The processes that serve lazily shown models: started, found again, watched, ended.
+
+One for each model and selection of the node, shared by all of its volumes. A worker outlives the
+driver: it is started in a session of its own, writes to a file and not to the driver's pipe, and
+says in a lock file who it is (:mod:`csi.worker_locks`), so that the next driver finds it. All that
+it needs is on the disk: it is started again without a word to any network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import trio
+
+from csi import fuse_connections
+from csi.mount_table import mount_at
+from csi.mounts import unmount
+from csi.served import FUSE_TYPE
+from csi.worker_locks import LiveWorker, holder, is_held
+from csi.worker_logs import WorkerLogs
+from fetcher.errors import ModelError, Unavailable
+from fetcher.lazy_plan import lock_path
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from csi.served import Folders, TreeKey
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT: Final = 20.0
+"""Seconds for a worker to be ready, or for one that somebody else started."""
+END_TIMEOUT: Final = 5.0
+"""Seconds for a worker to end by itself once its mount is gone, and again once it was killed."""
+LOOK_SECONDS: Final = 0.05
+"""How often a lock that another driver's worker is about to take or leave is looked at."""
+
+_MAX_READY_BYTES: Final = 16 * 1024
+_READY_DESCRIPTOR: Final = 3
+FOLDER_MODE: Final = 0o755
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How workers are started."""
+
+    read_timeout: float = 60.0
+    """Seconds in which a read of missing bytes has to end."""
+    cgroup: Path | None = None
+    """The cgroup that they are put into; None for the driver's own."""
+    log_format: str = "text"
+    log_level: str = "info"
+    command: tuple[str, ...] = (sys.executable, "-P", "-m", "fuse")
+
+
+class _Ready(msgspec.Struct):
+    """What a worker says once: that it has mounted, or why not."""
+
+    ready: bool = False
+    error: str = ""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker that lives, or did when it was last looked at."""
+
+    pid: int
+    descriptor: int
+    """Its pidfd."""
+    ended: trio.Event = field(default_factory=trio.Event)
+    stopping: bool = False
+    """Whether its end is wanted, and nothing to tell of."""
+
+
+@dataclass(eq=False)
+class _Start:
+    """A worker that is being started, for everybody who waits for it."""
+
+    finished: trio.Event = field(default_factory=trio.Event)
+    failure: Exception | None = field(
+        default_factory=lambda: Unavailable("the driver is ending: ask again")
+    )
+
+
+@dataclass(eq=False)
+class _Question:
+    """How a worker's file system is, asked by one thread for everybody."""
+
+    answered: trio.Event = field(default_factory=trio.Event)
+    answer: os.statvfs_result | None = None
+
+
+class Workers:
+    """The workers of a node. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        folders: Folders,
+        settings: WorkerSettings,
+        nursery: trio.Nursery,
+        logs: WorkerLogs | None = None,
+    ) -> None:
+        """They are watched in ``nursery``; when it is cancelled they live on."""
+        self._folders = folders
+        self._settings = settings
+        self._nursery = nursery
+        self._logs = logs or WorkerLogs()
+        self._workers: dict[TreeKey, _Worker] = {}
+        self._starts: dict[TreeKey, _Start] = {}
+        self._questions: dict[TreeKey, _Question] = {}
+        self._send: trio.MemorySendChannel[TreeKey]
+        self._deaths: trio.MemoryReceiveChannel[TreeKey]
+        # of each model there is at most one death that nobody has heard of
+        self._send, self._deaths = trio.open_memory_channel(math.inf)
+
+    # -- there, or not -----------------------------------------------------------------------------
+
+    def is_serving(self, key: TreeKey) -> bool:
+        """Whether the worker lives, as far as is known, and has its mount."""
+        return key in self._workers and self._is_mounted(key)
+
+    def find(self, key: TreeKey) -> bool:
+        """Whether a worker that an earlier driver started serves ``key``: then it is watched."""
+        if not self.is_serving(key):
+            found = holder(self._lock(key))
+            if found is None:
+                return False
+            if key in self._workers or key in self._starts or not self._is_mounted(key):
+                os.close(found.descriptor)
+                return False
+            self._register(key, self._adopted(key, found))
+        return True
+
+    def lost(self, key: TreeKey) -> None:
+        """Treat the worker of ``key`` as one that died: it is not there, and should be."""
+        self._send.send_nowait(key)
+
+    def keys(self) -> set[TreeKey]:
+        """Those that a worker is known to live for."""
+        return set(self._workers)
+
+    async def ask(self, key: TreeKey, seconds: float) -> os.statvfs_result | None:
+        """What the worker's file system says of itself; None if it does not answer in time.
+
+        A worker that hangs holds one thread, however often it is asked.
+        """
+        question = self._questions.get(key)
+        if question is None:
+            question = self._questions[key] = _Question()
+            self._nursery.start_soon(self._ask, key, question, name="question to a worker")
+        with trio.move_on_after(seconds):
+            await question.answered.wait()
+        return question.answer
+
+    async def _ask(self, key: TreeKey, question: _Question) -> None:
+        try:
+            question.answer = await trio.to_thread.run_sync(
+                os.statvfs,
+                self._folders.mountpoint(key),
+                abandon_on_cancel=True,
+                limiter=trio.CapacityLimiter(1),
+            )
+        except OSError as error:
+            logger.debug("the worker of model %s: %s", key.model.short, error)
+        finally:
+            del self._questions[key]
+            question.answered.set()
+
+    async def deaths(self) -> AsyncIterator[TreeKey]:
+        """Every worker that ended though nobody wanted it, as it happens."""
+        async for key in self._deaths:
+            yield key
+
+    async def ensure(self, key: TreeKey) -> None:
+        """Have the worker of ``key`` serve: found where it lives, else started; its plan is there.
+
+        On return its mount is there. The start goes on when the caller is cancelled: :meth:`stop`
+        ends it. Raises :class:`Unavailable` with what the worker says.
+        """
+        start = self._starts.get(key)
+        if start is None:
+            if self.is_serving(key):
+                return
+            start = self._starts[key] = _Start()
+            self._nursery.start_soon(self._start, key, start, name=f"start of worker {key}")
+        await start.finished.wait()
+        if start.failure is not None:
+            # every waiter gets an exception of its own: a traceback belongs to one task
+            raise copy.copy(start.failure) from start.failure
+
+    async def _start(self, key: TreeKey, start: _Start) -> None:
+        try:
+            self._register(key, await self._found_or_started(key))
+            start.failure = None
+        except Exception as error:
+            if not isinstance(error, ModelError):
+                logger.exception("fault of this program while starting a worker")
+            start.failure = error
+        finally:
+            del self._starts[key]
+            start.finished.set()
+
+    def _register(self, key: TreeKey, worker: _Worker) -> _Worker:
+        self._workers[key] = worker
+        self._nursery.start_soon(self._watch, key, worker, name=f"worker {worker.pid}")
+        return worker
+
+    def _adopted(self, key: TreeKey, found: LiveWorker) -> _Worker:
+        logger.info("process %d serves model %s already", found.pid, key.model.short)
+        self._logs.follow(key, self._folders.mountpoint(key))
+        return _Worker(found.pid, found.descriptor)
+
+    async def _found_or_started(self, key: TreeKey) -> _Worker:
+        """The worker of ``key``: one that an earlier driver may be starting is waited for."""
+        deadline = trio.current_time() + START_TIMEOUT
+        if (old := self._workers.get(key)) is not None:
+            # it lost its mount, so it ends: before that no other one can begin
+            with trio.move_on_at(deadline):
+                await old.ended.wait()
+        while True:
+            held = await self._await_lock(key, deadline)
+            if held is not None:
+                return self._adopted(key, held)
+            try:
+                return await self._spawn(key)
+            except Unavailable:
+                # one that was being started by a driver that was killed may have been faster
+                if not is_held(self._lock(key)) or trio.current_time() > deadline:
+                    raise
+
+    async def _await_lock(self, key: TreeKey, deadline: float) -> LiveWorker | None:
+        """Who holds the lock and has mounted; None as soon as nobody holds it."""
+        while is_held(self._lock(key)):
+            found = holder(self._lock(key))
+            if found is not None and self._is_mounted(key):
+                return found
+            if found is not None:
+                os.close(found.descriptor)
+            if trio.current_time() > deadline:
+                raise Unavailable(
+                    f"another process holds {self._lock(key)} and mounts nothing: end it, and the "
+                    "volume is published"
+                )
+            await trio.sleep(LOOK_SECONDS)
+        return None
+
+    def _lock(self, key: TreeKey) -> Path:
+        return lock_path(self._folders.root, key.model, key.selection)
+
+    def _is_mounted(self, key: TreeKey) -> bool:
+        mount = mount_at(self._folders.mountpoint(key))
+        return mount is not None and mount.type == FUSE_TYPE
+
+    # -- one process -------------------------------------------------------------------------------
+
+    async def _spawn(self, key: TreeKey) -> _Worker:
+        """Start a process and wait until it serves. What cannot is ended again."""
+        mountpoint = self._folders.mountpoint(key)
+        # what a worker that died left; nobody lives there now
+        await unmount(mountpoint)
+        try:
+            mountpoint.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+            worker, ready = self._launch(key)
+        except OSError as error:
+            raise Unavailable(
+                f"the worker of model {key.model.short} cannot be started: {error.strerror}"
+            ) from error
+        try:
+            with trio.move_on_after(START_TIMEOUT):
+                problem = await _problem(ready)
+                if problem is None:
+                    logger.info("process %d serves model %s", worker.pid, key.model.short)
+                    return worker
+                raise _cannot_start(key, problem)
+            raise _cannot_start(key, f"it is not ready after {START_TIMEOUT:g} s")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._end(worker, mountpoint, grace=0)
+            os.close(worker.descriptor)
+            self._logs.drain(key)
+            raise
+        finally:
+            os.close(ready)
+
+    def _launch(self, key: TreeKey) -> tuple[_Worker, int]:
+        """Start the process; with where it says that it is ready.
+
+        ``posix_spawn`` has no moment at which this process, with all of its threads, exists twice.
+        """
+        settings = self._settings
+        command = [
+            *settings.command,
+            *("--root", str(self._folders.root), "--model", str(key.model)),
+            *(("--selection", key.selection) if key.selection else ()),
+            *("--read-timeout", f"{settings.read_timeout:g}"),
+            *("--ready-fd", str(_READY_DESCRIPTOR)),
+            *("--log-format", settings.log_format, "--log-level", settings.log_level),
+        ]
+        log = self._logs.open(key, self._folders.mountpoint(key))
+        ready, said = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            # in this order: the log may have the number of the pipe's place
+            actions = [
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, log, 1),
+                (os.POSIX_SPAWN_DUP2, log, 2),
+                (os.POSIX_SPAWN_DUP2, said, _READY_DESCRIPTOR),
+            ]
+            pid = os.posix_spawn(
+                command[0],
+                command,
+                _environment(),
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE,),
+            )
+        except BaseException:
+            os.close(ready)
+            raise
+        finally:
+            os.close(said)
+            os.close(log)
+        worker = _Worker(pid, os.pidfd_open(pid))
+        if settings.cgroup is not None:
+            _move(pid, settings.cgroup)
+        return worker, ready
+
+    async def _watch(self, key: TreeKey, worker: _Worker) -> None:
+        """Notice the worker's end."""
+        try:
+            await trio.lowlevel.wait_readable(worker.descriptor)
+        finally:
+            trio.lowlevel.notify_closing(worker.descriptor)
+            os.close(worker.descriptor)
+        status = _reaped(worker.pid)
+        if self._workers.get(key) is worker:
+            del self._workers[key]
+        worker.ended.set()
+        self._logs.drain(key)
+        if not worker.stopping:
+            logger.warning(
+                "the worker of model %s, process %d, ended: %s", key.model.short, worker.pid, status
+            )
+            self._send.send_nowait(key)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    async def stop(self, key: TreeKey) -> None:
+        """End the worker of ``key``, whoever started it, and remove its mount and its files.
+
+        Bounded in time, whatever state the worker is in. Nobody may start one meanwhile. Raises
+        :class:`ModelError` where the mount cannot be taken away.
+        """
+        start = self._starts.get(key)
+        if start is not None:
+            await start.finished.wait()
+        worker = self._workers.get(key)
+        if worker is None and (found := holder(self._lock(key))) is not None:
+            worker = self._register(key, self._adopted(key, found))
+        mountpoint = self._folders.mountpoint(key)
+        if worker is not None:
+            worker.stopping = True
+            await self._end(worker, mountpoint, grace=END_TIMEOUT)
+        else:
+            await unmount(mountpoint)
+        await self._remove_files(key)
+
+    async def _end(self, worker: _Worker, mountpoint: Path, grace: float) -> None:
+        """Unmount, so that the worker ends by itself within ``grace`` seconds; else kill it."""
+        mount = mount_at(mountpoint)
+        await unmount(mountpoint)
+        if await _has_ended(worker, grace):
+            return
+        logger.info("process %d does not end by itself: killing it", worker.pid)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
+        if await _has_ended(worker, END_TIMEOUT):
+            return
+        # one that sleeps in the kernel cannot die; who waits for it can be let go
+        if mount is not None:
+            fuse_connections.abort(mount)
+        if not await _has_ended(worker, END_TIMEOUT):
+            logger.error("process %d cannot be ended: its model is served no more", worker.pid)
+
+    async def _remove_files(self, key: TreeKey) -> None:
+        mountpoint = self._folders.mountpoint(key)
+        self._logs.drain(key)
+        self._logs.forget(key, mountpoint)
+        try:
+            if mount_at(mountpoint) is None and mountpoint.is_dir():
+                mountpoint.rmdir()
+            if not is_held(self._lock(key)):
+                self._lock(key).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is left where it is: %s", mountpoint, error.strerror)
+
+    async def forward_logs(self) -> None:
+        """Bring what workers write into this process's log, until cancelled."""
+        await self._logs.forward()
+
+
+def _environment() -> dict[str, str]:
+    """What a worker needs of ours: where its interpreter finds its parts, and nothing secret."""
+    names = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+async def _has_ended(worker: _Worker, seconds: float) -> bool:
+    """Whether the worker ends within so many seconds; one that nobody watches is reaped here."""
+    with trio.move_on_after(seconds):
+        if worker.stopping:
+            await worker.ended.wait()
+        else:
+            await trio.lowlevel.wait_readable(worker.descriptor)
+            _reaped(worker.pid)
+        return True
+    return False
+
+
+def _reaped(pid: int) -> str:
+    """What a process ended with, as far as this one may know."""
+    try:
+        _, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return "another process started it"
+    code = os.waitstatus_to_exitcode(status)
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _move(pid: int, cgroup: Path) -> None:
+    """Put a process into a cgroup of its own kind; without it, it dies with the driver's pod."""
+    try:
+        cgroup.mkdir(exist_ok=True)
+        (cgroup / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        logger.warning(
+            "process %d stays in the driver's cgroup, and may end with it: %s: %s",
+            pid,
+            cgroup,
+            error.strerror,
+        )
+
+
+async def _problem(ready: int) -> str | None:
+    """What keeps a worker from serving, as it says itself; None once it serves."""
+    said = b""
+    while not said.endswith(b"\n") and len(said) < _MAX_READY_BYTES:
+        try:
+            piece = os.read(ready, _MAX_READY_BYTES)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(ready)
+            continue
+        if not piece:
+            break
+        said += piece
+    if not said:
+        return "it ended before it was ready"
+    try:
+        answer = msgspec.json.decode(said, type=_Ready)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "what it says of itself cannot be read"
+    return None if answer.ready else answer.error or "it does not say why"
+
+
+def _cannot_start(key: TreeKey, reason: str) -> Unavailable:
+    return Unavailable(
+        f"the worker that serves model {key.model.short} could not be started: {reason}",
+        model=key.model,
+    )
