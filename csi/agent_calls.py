@@ -19,6 +19,7 @@ import msgspec
 import trio
 
 from csi.attributes import VolumeAttributes
+from csi.index_calls import make_list
 from csi.mount_table import mount_at
 from csi.store_calls import StoreCalls
 from csi.volumes import PublishRequest
@@ -175,6 +176,7 @@ class AgentCalls:
             protocol.UNMOUNT.name: self._unmount,
             protocol.LIST.name: self._list,
             protocol.INSPECT.name: self._inspect,
+            protocol.INDEX.name: self._index,
             protocol.STATUS.name: self._status,
             protocol.GC.name: self._store_calls.collect,
             protocol.VERIFY.name: self._store_calls.verify,
@@ -263,6 +265,14 @@ class AgentCalls:
         reference = Reference.parse(params.reference)
         keychain = keychain_for(reference, params.login, self._keychain)
         return await inspect_model(self._registry, reference, keychain)
+
+    async def _index(self, params: protocol.IndexParams, watch: Watch) -> protocol.IndexResult:
+        reference = Reference.parse(params.reference)
+        self._pulls.check(reference)
+        keychain = keychain_for(reference, params.login, self._keychain)
+        return await make_list(
+            self._registry, reference, keychain, params.chunk_size, watch, self._store
+        )
 
     # -- volumes -----------------------------------------------------------------------------------
 

@@ -83,6 +83,12 @@ class UnmountParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     target: Text
 
 
+class IndexParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    reference: Text
+    chunk_size: int
+    login: Login | None = None
+
+
 class GcParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     all: bool = False
     """All that is not in use, not only what is above the watermarks."""
@@ -173,6 +179,24 @@ class InspectResult(Struct, frozen=True, kw_only=True):
     annotations: dict[str, str]
     config: Any
     """The model's config as it is; None when it is not JSON, or more than is shown."""
+
+
+class IndexResult(Struct, frozen=True, kw_only=True):
+    """A list of chunk digests that was made, and is not pushed yet."""
+
+    reference: str
+    """With the digest of the model's manifest."""
+    digest: str
+    chunk_size: int
+    """What was asked for, or more where the list would have become too long."""
+    blobs: int
+    """How many have more than one chunk."""
+    bytes: int
+    """Of these blobs."""
+    fetched: int
+    """Bytes that were not in the store."""
+    list: str
+    """The document."""
 
 
 class VolumeRow(Struct, frozen=True, kw_only=True):
@@ -310,6 +334,7 @@ MOUNT: Final = Call("mount", MountParams, MountResult)
 UNMOUNT: Final = Call("unmount", UnmountParams, UnmountResult)
 LIST: Final = Call("ls", NoParams, ListResult)
 INSPECT: Final = Call("inspect", InspectParams, InspectResult)
+INDEX: Final = Call("index", IndexParams, IndexResult)
 STATUS: Final = Call("status", NoParams, StatusResult)
 GC: Final = Call("gc", GcParams, GcResult)
 REMOVE: Final = Call("rm", RemoveParams, RemoveResult)
@@ -317,7 +342,20 @@ VERIFY: Final = Call("verify", VerifyParams, VerifyResult)
 HANDOVER: Final = Call("handover", NoParams, HandoverResult)
 """Asks a command that is the agent to leave the store to the caller; a serving agent refuses."""
 
-CALLS: Final = (PING, PULL, MOUNT, UNMOUNT, LIST, INSPECT, STATUS, GC, REMOVE, VERIFY, HANDOVER)
+CALLS: Final = (
+    PING,
+    PULL,
+    MOUNT,
+    UNMOUNT,
+    LIST,
+    INSPECT,
+    INDEX,
+    STATUS,
+    GC,
+    REMOVE,
+    VERIFY,
+    HANDOVER,
+)
 
 
 # ------------------------------------------------------------------------------------ messages

@@ -200,12 +200,11 @@ def is_chunk_size(size: int) -> bool:
     return LEAST_CHUNK <= size <= MOST_CHUNK and size % MAX_BLOCK_BYTES == 0
 
 
-def list_bytes(blobs: Iterable[Descriptor], chunk_size: int) -> int:
-    """How long the list of these blobs gets at most, so that a chunk size can be chosen."""
+def list_bytes(blobs: Iterable[tuple[Descriptor, int]]) -> int:
+    """How long the list of these blobs, each with its chunk size, gets at most."""
     return 256 + sum(
         256 + -(-blob.size // chunk_size) * VALUE_BYTES[blob.digest.algorithm] * 4 // 3
-        for blob in blobs
-        if blob.size > chunk_size
+        for blob, chunk_size in blobs
     )
 
 

@@ -83,11 +83,12 @@ class Host:
         return (*self.headers, ("Authorization", authorization))
 
     def url(self, path: str) -> str:
-        """The address of ``path``, which begins behind ``/v2``.
+        """The address of ``path``, which begins behind ``/v2`` and may have a query.
 
         A host that stands in for a registry is told for which one, as containerd tells it.
         """
-        query = "" if self.is_own else f"?ns={quote(self.registry, safe=':')}"
+        mark = "&" if "?" in path else "?"
+        query = "" if self.is_own else f"{mark}ns={quote(self.registry, safe=':')}"
         return f"{self.base}{path}{query}"
 
 

@@ -105,6 +105,11 @@ class Registry:
         """For a registry in whose place nobody has answered: slow is better than nothing."""
         self._platform = this_platform()
 
+    @property
+    def settings(self) -> RegistrySettings:
+        """How registries are talked to."""
+        return self._settings
+
     async def aclose(self) -> None:
         """Close all connections."""
         await self._conversations.aclose()
@@ -248,6 +253,26 @@ class Registry:
             return answer.body
 
         return (await self._prove(reference, ask)).value
+
+    async def ask_server(
+        self, reference: Reference, path: str, what: str, keychain: Keychain, accept: str
+    ) -> Answer:
+        """The registry's own answer to a GET of ``path``, behind ``/v2``: no mirror speaks for it.
+
+        At most 4 MiB. Raises as :meth:`manifest`, and does not wait long for a registry that is
+        away.
+        """
+        server = (await self.hosts(reference)).server
+        wish = Wish(
+            "GET",
+            reference.repository,
+            path,
+            what,
+            (("Accept", accept),),
+            max_bytes=MAX_MANIFEST_BYTES,
+            patience=self._hurried,
+        )
+        return await self._ask(server, wish, keychain)
 
     async def blob_access(
         self,

@@ -71,6 +71,41 @@ class Upload:
         return sum(file.size for file in self.files)
 
 
+@dataclass(frozen=True)
+class Document:
+    """A manifest or an index, byte for byte, and what it needs to be there before it."""
+
+    reference: Reference
+    credentials: Credentials | None = field(repr=False)
+    target: str
+    """The tag, or the digest."""
+    media_type: str
+    body: bytes = field(repr=False)
+    blobs: tuple[bytes, ...] = field(default=(), repr=False)
+
+
+async def upload_document(what: Document, authorize: Authorize, settings: RegistrySettings) -> None:
+    """Send what the registry does not have of the blobs, then the document."""
+    authorization = await authorize()
+    await trio.to_thread.run_sync(_upload_document, what, authorization, authorize, settings)
+
+
+def _upload_document(
+    what: Document,
+    authorization: str | None,
+    authorize: Authorize,
+    settings: RegistrySettings,
+) -> None:
+    """In a worker thread."""
+    client = _Client(what, settings, authorization, authorize)
+    try:
+        for blob in what.blobs:
+            client.send_bytes(blob)
+        client.send_document(what)
+    finally:
+        client.session.close()
+
+
 async def upload(
     what: Upload,
     authorize: Authorize,
@@ -100,10 +135,7 @@ def _upload(
         told = _Told(what.size, progress)
         for file, digest in zip(what.files, what.digests, strict=True):
             client.send_blob(str(file.source), digest, file.size, told)
-        with tempfile.NamedTemporaryFile(prefix="model-csi-config-") as config:
-            config.write(what.config)
-            config.flush()
-            client.send_blob(config.name, Digest.of(what.config), len(what.config), _Told(0, None))
+        client.send_bytes(what.config)
         return client.send_manifest(what.manifest)
     finally:
         client.session.close()
@@ -174,7 +206,7 @@ class _Client(oras.provider.Registry):  # type: ignore[misc]  # oras has no type
 
     def __init__(
         self,
-        what: Upload,
+        what: Upload | Document,
         settings: RegistrySettings,
         authorization: str | None,
         authorize: Authorize,
@@ -212,6 +244,20 @@ class _Client(oras.provider.Registry):  # type: ignore[misc]  # oras has no type
         descriptor = {"digest": str(digest), "size": size, "mediaType": CONFIG_TYPE}
         self._insist(lambda: self.upload_blob(path, self._container, descriptor))
         told.finish(size)
+
+    def send_bytes(self, content: bytes) -> None:
+        """Send a small blob unless the registry has it."""
+        with tempfile.NamedTemporaryFile(prefix="model-csi-blob-") as file:
+            file.write(content)
+            file.flush()
+            self.send_blob(file.name, Digest.of(content), len(content), _Told(0, None))
+
+    def send_document(self, what: Document) -> None:
+        """Send a manifest or an index as it is."""
+        self._what = self._goal(f"the manifest {what.target}")
+        url = f"{self.prefix}://{self._container.manifest_url(what.target)}"
+        kind = {"Content-Type": what.media_type}
+        self._insist(lambda: self.do_request(url, "PUT", data=what.body, headers=kind))
 
     def send_manifest(self, manifest: dict[str, object]) -> Digest:
         """Send the manifest; the digest of what was sent."""

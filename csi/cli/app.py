@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from csi.cli import output
+from csi.cli.index import index
 from csi.cli.models import inspect, list_models, pull, push
 from csi.cli.options import Invocation, global_options
 from csi.cli.running import Interrupted, innermost
@@ -61,6 +62,7 @@ for command in (
     mount,
     unmount,
     push,
+    index,
     list_models,
     inspect,
     status,

@@ -213,7 +213,7 @@ def test_what_is_no_list_is_refused(body: bytes) -> None:
 def test_the_length_of_a_list_is_foreseen(sizes: list[int]) -> None:
     contents = [bytes([number]) * size for number, size in enumerate(sizes)]
     large = [data for data in contents if len(data) > CHUNK]
-    foreseen = list_bytes(map(blob, contents), CHUNK)
+    foreseen = list_bytes((blob(data), CHUNK) for data in large)
     assert len(list_of(*large).encode()) <= foreseen
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SECRET = "s3cr3t-and-l0ng-enough"
 COMMANDS = (
-    *("serve", "pull", "mount", "unmount", "push", "ls", "inspect", "status"),
+    *("serve", "pull", "mount", "unmount", "push", "index", "ls", "inspect", "status"),
     *("gc", "rm", "verify"),
 )
 
