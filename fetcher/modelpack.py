@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Final
 from fetcher.artifacts import FileEntry, Tree, quoted, safe_path
 from fetcher.errors import InvalidArtifact
 from fetcher.file_metadata import FileMetadata
+from fetcher.oci import Descriptor
 from fetcher.patterns import Patterns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fetcher.oci import Descriptor, Digest, Manifest
+    from fetcher.oci import Digest, Manifest
 
 ARTIFACT_TYPE: Final = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG_TYPE: Final = "application/vnd.cncf.model.config.v1+json"
@@ -87,6 +88,15 @@ class Layer:
     executable: bool = False
     mtime_ns: int | None = None
     """Both only of a raw layer, as an archive has them per file."""
+
+
+def blob_layer(digest: Digest, size: int, media_type: str) -> Layer:
+    """A blob that is fetched by itself, to be laid out as a layer of that media type would be.
+
+    One of any other type is a file, and has no path in a tree.
+    """
+    kind, packing = _LAYER_TYPES.get(media_type, (Kind.DOC, Packing.RAW))
+    return Layer(Descriptor(media_type, digest, size), kind, packing, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ class Asked:
     range: str
     layer: str
     """The blob's media type, by the asker's word."""
+    chunk_size: int
+    """Of the asker; 0 where it does not say it."""
 
     @property
     def digest(self) -> Digest:
@@ -125,6 +127,7 @@ def read(request: Request, namespace: str) -> Asked | None:
         # a condition that is not understood must not turn into a part that was not asked for
         range="" if "if-range" in headers else headers.get("range", ""),
         layer=headers.get(protocol.LAYER.lower(), ""),
+        chunk_size=_number(headers.get(protocol.CHUNK.lower(), ""), 10) or 0,
     )
 
 
@@ -170,9 +173,13 @@ def _member(text: str) -> str:
 
 
 def _hops(text: str) -> int:
-    readable = text.isascii() and text.isdigit() and len(text) < 4
+    hops = _number(text, 3)
     # who says nonsense gets no further
-    return int(text) if readable else protocol.MOST_HOPS if text else 0
+    return hops if hops is not None else protocol.MOST_HOPS if text else 0
+
+
+def _number(text: str, digits: int) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
 
 
 def refusal(error: ModelError, kind: str, size: int | None = None) -> Refusal:

@@ -1,0 +1,235 @@
+"""The way of one blob to a peer: may it be read, is it here, is it on its way, is it ours to fetch.
+
+Members of the cluster get what is here and what this node owns, and a quick no otherwise: they know
+whom to ask next. Foreign clients know nobody else: for them everything is fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fetcher.errors import NotFound, OutOfRange
+from fetcher.modelpack import Packing, blob_layer
+from fetcher.peers import protocol
+from fetcher.peers.access import Asker
+from fetcher.peers.bodies import ArrivingBody, StoredBodies, StoredBody
+from fetcher.peers.passing import Passing
+from fetcher.peers.requests import Refusal, refusal
+from fetcher.peers.uploads import Handed
+from fetcher.ranges import Range, content_range, requested_range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fetcher.jobs import Job, Jobs
+    from fetcher.oci import Digest
+    from fetcher.peers.bodies import Body
+    from fetcher.peers.fills import Fills
+    from fetcher.peers.http import Headers, HttpConnection
+    from fetcher.peers.requests import Asked
+    from fetcher.peers.served import Served
+    from fetcher.peers.uploads import Uploads
+    from fetcher.policy import ReferencePolicy
+    from fetcher.store.store import Store
+
+
+class Ownership(Protocol):
+    """Whose turn it is to fetch what."""
+
+    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+        """Whether this node is to fetch, for others that ask it, the chunk of that size that
+        ``wanted`` begins in.
+        """
+
+
+class OwnsNothing:
+    """The ownership of a node without members."""
+
+    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+        return False
+
+
+class Allowing(Protocol):
+    """Who may be given which blob; see :class:`fetcher.peers.access.Rights`."""
+
+    async def blob(self, asker: Asker) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """A part of a blob that somebody may have."""
+
+    asked: Asked
+    asker: Asker
+    part: Range
+    size: int
+    """Of the blob."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is answered as the whole blob, and not as a part."""
+        return len(self.part) == self.size and not self.asked.range
+
+
+class Blobs:
+    """The blobs of a node, for others. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        jobs: Jobs,
+        fills: Fills,
+        rights: Allowing,
+        policy: ReferencePolicy,
+        ownership: Ownership,
+        uploads: Uploads,
+        served: Served,
+    ) -> None:
+        self._store = store
+        self._jobs = jobs
+        self._fills = fills
+        self._rights = rights
+        self._policy = policy
+        self._ownership = ownership
+        self._uploads = uploads
+        self._served = served
+        self._stored = StoredBodies(store)
+        self._handed = Handed()
+
+    async def answer(self, connection: HttpConnection, asked: Asked, *, is_head: bool) -> None:
+        """Answer one request. Raises :class:`Refusal`, ``ModelError`` and what ends a connection,
+        :class:`fetcher.peers.http.BytesMissing` among that.
+        """
+        self._policy.check(asked.reference)
+        asker = Asker(asked.reference, asked.authorization)
+        told = await self._rights.blob(asker)
+        with self._store.held_content(asked.digest):
+            found = self._find(asked.digest)
+            size = told if found is None else found.size
+            if size is None:
+                raise NotFound(f"the registry does not say how large blob {asked.digest} is")
+            if is_head or not size:
+                whole = _Wish(asked, asker, Range(0, size), size)
+                await connection.begin(200, self._headers(whole, found, as_whole=True))
+                await connection.end()
+                return
+            await self._send(connection, _Wish(asked, asker, _part(asked, size), size), found)
+
+    def _find(self, digest: Digest) -> Body | None:
+        """What is here of a blob."""
+        stored = self._stored.find(digest)
+        if stored is not None:
+            return stored
+        job = self._jobs.running(digest)
+        if job is None or job.partial is None:
+            return None
+        # an archive lies in the files that it holds; everything else in one file, as it is
+        whole = job.layer.packing is not Packing.TAR
+        return ArrivingBody(job.partial, self._store.blob_path(digest) if whole else None)
+
+    async def _send(self, connection: HttpConnection, wish: _Wish, found: Body | None) -> None:
+        digest, part, served = wish.asked.digest, wish.part, self._served
+        is_here = found is not None and found.there(part) == part.stop
+        is_ours = self._is_ours(wish)
+        is_coming = found is not None and found.is_begun(part)
+        if not (is_here or is_ours or is_coming):
+            served.lacking += 1
+            have = self._have(wish.asked, found)
+            raise Refusal(404, "BLOB_UNKNOWN", f"blob {digest} is not here", have)
+        with self._admitted(wish, found) as left:
+            job = self._jobs.running(digest)
+            if is_here or not is_ours:
+                if isinstance(found, StoredBody):
+                    served.from_store += 1
+                else:
+                    served.passed_on += 1
+                await self._pass_on(connection, wish, self._passing(wish, job), left)
+            else:
+                served.filled += 1
+                await self._fill(connection, wish, left)
+
+    def _is_ours(self, wish: _Wish) -> bool:
+        """Whether to fetch it for who asks."""
+        if not wish.asked.member:
+            return True
+        size = wish.asked.chunk_size
+        return size > 0 and self._ownership.owns(wish.asked.digest, wish.part, size)
+
+    @contextlib.contextmanager
+    def _admitted(self, wish: _Wish, found: Body | None) -> Iterator[list[int]]:
+        """Room for an upload, and how much of it is not sent; raises :class:`Refusal` if there is
+        none.
+        """
+        asked, part = wish.asked, wish.part
+        wait = self._uploads.admit(len(part))
+        if wait is not None:
+            self._served.busy += 1
+            other = self._handed.member(asked.digest, part, asked.member)
+            elsewhere = ((protocol.TRY, other),) if other and asked.member else ()
+            headers = (
+                ("Retry-After", str(max(1, round(wait)))),
+                *elsewhere,
+                *self._have(asked, found),
+            )
+            raise Refusal(429, "TOOMANYREQUESTS", "this node is busy", headers)
+        left = [len(part)]
+        self._served.uploads += 1
+        try:
+            yield left
+        finally:
+            self._served.uploads -= 1
+            self._uploads.leave(left[0])
+
+    async def _fill(self, connection: HttpConnection, wish: _Wish, left: list[int]) -> None:
+        """Send what is fetched from the registry in the asker's name."""
+        layer = blob_layer(wish.asked.digest, wish.size, wish.asked.layer)
+        async with self._fills.filling(wish.asker, layer) as job:
+            passing = self._passing(wish, job)
+            with self._fills.wanting(job, wish.part, passing.look) as passing.wanting:
+                await self._pass_on(connection, wish, passing, left)
+
+    def _passing(self, wish: _Wish, job: Job | None) -> Passing:
+        return Passing(wish.part, lambda: self._find(wish.asked.digest), job)
+
+    async def _pass_on(
+        self, connection: HttpConnection, wish: _Wish, passing: Passing, left: list[int]
+    ) -> None:
+        """Answer with a part, as soon as its first byte is there, and as it arrives."""
+        found = await passing.begun()
+        headers = self._headers(wish, found, as_whole=wish.is_whole)
+        await connection.begin(200 if wish.is_whole else 206, headers)
+        await passing.send(connection, self._uploads, self._served, left)
+        await connection.end()
+        if wish.asked.member:
+            self._handed.note(wish.asked.digest, wish.part, wish.asked.member)
+
+    def _headers(self, wish: _Wish, found: Body | None, *, as_whole: bool) -> Headers:
+        digest, part = wish.asked.digest, wish.part
+        of_part = () if as_whole else (("Content-Range", content_range(part, wish.size)),)
+        return (
+            ("Content-Type", "application/octet-stream"),
+            ("Content-Length", str(wish.size if as_whole else len(part))),
+            ("Accept-Ranges", "bytes"),
+            ("Docker-Content-Digest", str(digest)),
+            ("ETag", f'"{digest}"'),
+            *of_part,
+            *self._have(wish.asked, found),
+        )
+
+    def _have(self, asked: Asked, found: Body | None) -> Headers:
+        """What a member of the cluster is told of this node, and of the other chunks."""
+        if not asked.member:
+            return ()
+        text = None if found is None else found.have().text
+        have = () if text is None else ((protocol.HAVE, text),)
+        return ((protocol.LOAD, str(self._uploads.running)), *have)
+
+
+def _part(asked: Asked, size: int) -> Range:
+    """Which bytes are asked for. Raises :class:`Refusal` where there are none of them."""
+    try:
+        return requested_range(asked.range, size) or Range(0, size)
+    except OutOfRange as error:
+        raise refusal(error, asked.kind, size) from error

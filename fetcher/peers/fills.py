@@ -1,0 +1,150 @@
+"""What a node fetches for others: the chunks that it owns and lacks, with the asker's own rights.
+
+A blob that is filled in is held for a while after the last request, so that the requests for its
+other chunks find it open. What has arrived stays in the store as long as there is room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fetcher.credentials import Anonymous, PassedOn
+from fetcher.download import Source
+from fetcher.errors import InProgress, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from fetcher.jobs import Job, Jobs
+    from fetcher.modelpack import Layer
+    from fetcher.oci import Digest
+    from fetcher.peers.access import Asker
+    from fetcher.ranges import Range
+    from fetcher.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_LINGER_SECONDS: Final = 30.0
+
+
+@dataclass(eq=False, slots=True)
+class _Fill:
+    """One blob that is kept open for those who ask for parts of it."""
+
+    layer: Layer
+    source: Source
+    """Where it is fetched from, as its first asker."""
+    users: int = 0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ready: trio.Event = field(default_factory=trio.Event)
+    job: Job | None = None
+    failure: ModelError | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Wanting:
+    """A part that is being fetched for somebody."""
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    failure: ModelError | None = None
+    ended: bool = False
+
+
+class Fills:
+    """The fills of a node. Belongs to the trio thread."""
+
+    def __init__(
+        self, store: Store, jobs: Jobs, nursery: trio.Nursery, linger: float = _LINGER_SECONDS
+    ) -> None:
+        """They run in ``nursery``, and each for ``linger`` seconds after its last use."""
+        self._store = store
+        self._jobs = jobs
+        self._nursery = nursery
+        self._linger = linger
+        self._fills: dict[Digest, _Fill] = {}
+
+    @contextlib.asynccontextmanager
+    async def filling(self, asker: Asker, layer: Layer) -> AsyncIterator[Job]:
+        """The job of the asker's blob, with room reserved for it; started if there is none.
+
+        Raises :class:`ModelError`, such as ``NoSpace``.
+        """
+        digest, source = layer.descriptor.digest, Source(asker.reference, asker.keychain)
+        fill = self._fills.get(digest)
+        if fill is None:
+            fill = self._fills[digest] = _Fill(layer, source)
+            self._nursery.start_soon(self._keep, fill, name=f"fill {digest.short}")
+        fill.users += 1
+        fill.scope.deadline = math.inf
+        try:
+            await fill.ready.wait()
+            yield self._renewed(fill, source)
+        finally:
+            fill.users -= 1
+            if not fill.users:
+                fill.scope.deadline = trio.current_time() + self._linger
+
+    def _renewed(self, fill: _Fill, source: Source) -> Job:
+        """The job, which goes on with the newest of what askers showed, but not of our own."""
+        if fill.failure is not None:
+            raise copy.copy(fill.failure) from fill.failure
+        if fill.job is None:
+            raise InProgress("a download that was just stopped: ask again")
+        if isinstance(fill.job.source.keychain, PassedOn | Anonymous):
+            fill.job.offer(source)
+        return fill.job
+
+    async def _keep(self, fill: _Fill) -> None:
+        """Hold one blob open until nobody has wanted it for a while, or it is complete."""
+        digest, store = fill.layer.descriptor.digest, self._store
+        try:
+            with store.held_content(digest), fill.scope:
+                running = self._jobs.running(digest)
+                # one that runs goes on as it does, with rights that can be renewed
+                source = fill.source if running is None else running.source
+                layer = fill.layer if running is None else running.layer
+                await store.reserve_content(str(source.reference), layer)
+                with self._jobs.join(layer, source, background=False) as job:
+                    fill.job = job
+                    fill.ready.set()
+                    await job.finished.wait()
+        except ModelError as error:
+            logger.warning("blob %s is not fetched for others: %s", digest, error.message)
+            fill.failure = error
+        finally:
+            if self._fills.get(digest) is fill:
+                del self._fills[digest]
+            fill.ready.set()
+            store.garbage.ask()
+
+    @contextlib.contextmanager
+    def wanting(self, job: Job, part: Range, ended: Callable[[], None]) -> Iterator[Wanting]:
+        """Have ``part`` fetched inside the block, before what nobody waits for.
+
+        ``ended`` is called when it is there, or has failed.
+        """
+        wanting = Wanting()
+        self._nursery.start_soon(self._want, job, part, wanting, ended)
+        try:
+            yield wanting
+        finally:
+            wanting.scope.cancel()
+
+    async def _want(
+        self, job: Job, part: Range, wanting: Wanting, ended: Callable[[], None]
+    ) -> None:
+        try:
+            with wanting.scope:
+                await job.want(part)
+        except ModelError as error:
+            wanting.failure = error
+        finally:
+            wanting.ended = True
+            ended()

@@ -1,0 +1,255 @@
+"""HTTP/1.1 as peers serve it: requests without bodies, answers that come from files. RFC 9112.
+
+h11 reads and writes the heads. Bodies go from the page cache to the socket with ``sendfile``, in
+worker threads, where the connection is plain. Every wait has an end: for a request, for its head,
+and for a client that does not take its answer.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import functools
+import os
+import select
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import h11
+import trio
+
+from fetcher.peers.requests import Refusal, Request
+from fetcher.ranges import Range
+from fetcher.threads import Stopped, run_stoppable
+
+if TYPE_CHECKING:
+    import threading
+
+    from fetcher.peers.bodies import Body
+
+    Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+    Headers = tuple[tuple[str, str], ...]
+
+_MAX_HEAD_BYTES: Final = 64 * 1024
+_RECEIVE_BYTES: Final = 16 * 1024
+_FILE_BYTES: Final = 1024 * 1024
+_READ_BYTES: Final = 256 * 1024
+_LOOK_SECONDS: Final = 0.2
+"""How often a waiting thread looks whether it should stop."""
+
+_MANY: Final = frozenset({"accept", "cache-control", "forwarded", "via", "x-forwarded-for"})
+"""Headers that may be there more than once, and are not looked at."""
+
+LOST: Final = (
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+    ConnectionError,
+    h11.LocalProtocolError,
+)
+"""What ends a connection without its being anybody's fault here."""
+
+
+class BytesMissing(Exception):
+    """What is to be sent is not there any more: the answer ends before its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpPatience:
+    """How long a client may take. Seconds."""
+
+    idle: float = 60.0
+    """Until it asks for something more."""
+    head: float = 10.0
+    """For a request, from its first byte on."""
+    stall: float = 30.0
+    """Without taking a byte of an answer."""
+
+
+class HttpConnection:
+    """One connection of a client; used by one task at a time."""
+
+    def __init__(self, stream: Stream, patience: HttpPatience) -> None:
+        self._stream = stream
+        self._patience = patience
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
+        self._has_body = False
+        self._is_head = False
+
+    async def receive(self) -> Request | None:
+        """The next request; None where there is no other. Raises :class:`Refusal` for nonsense."""
+        if self._http.our_state is h11.DONE:
+            if self._http.their_state is not h11.DONE:
+                return None
+            self._http.start_next_cycle()
+        if self._http.our_state is not h11.IDLE:
+            return None
+        with trio.move_on_after(self._patience.idle) as waiting:
+            try:
+                return await self._next_request(waiting)
+            except h11.RemoteProtocolError as error:
+                raise Refusal(error.error_status_hint, "UNSUPPORTED", "this is not HTTP") from error
+        return None
+
+    async def _next_request(self, waiting: trio.CancelScope) -> Request | None:
+        while True:
+            event = self._http.next_event()
+            if isinstance(event, h11.Request):
+                self._has_body, self._is_head = _announces_body(event), event.method == b"HEAD"
+                if not self._has_body:
+                    self._http.next_event()
+                return _read(event)
+            if event is not h11.NEED_DATA:
+                return None
+            begun = bool(self._http.trailing_data[0])
+            data = await self._stream.receive_some(_RECEIVE_BYTES)
+            if data and not begun:
+                waiting.deadline = min(waiting.deadline, trio.current_time() + self._patience.head)
+            self._http.receive_data(bytes(data))
+
+    async def answer(
+        self, status: int, headers: Headers, body: bytes, *, close: bool = False
+    ) -> None:
+        """Send a small answer whole; for a HEAD without its body."""
+        await self.begin(status, (*headers, ("Content-Length", str(len(body)))), close=close)
+        if body and not self._is_head:
+            await self._send_event(h11.Data(data=body))
+        await self.end()
+
+    async def begin(self, status: int, headers: Headers, *, close: bool = False) -> None:
+        """Send the head of an answer."""
+        if self._has_body:
+            # it is not read: the next request could not be found behind it
+            close = True
+        own = [
+            ("Date", email.utils.formatdate(usegmt=True)),
+            ("Docker-Distribution-API-Version", "registry/2.0"),
+            *([("Connection", "close")] if close else []),
+        ]
+        await self._send_event(h11.Response(status_code=status, headers=[*headers, *own]))
+
+    async def end(self) -> None:
+        """The answer is complete."""
+        await self._send_event(h11.EndOfMessage())
+
+    async def _send_event(self, event: h11.Event) -> None:
+        data = self._http.send(event)
+        if data:
+            with trio.fail_after(self._patience.stall):
+                await self._stream.send_all(data)
+
+    async def send_part(self, body: Body, part: Range) -> None:
+        """Send bytes of the body of an answer, all of which are there.
+
+        Raises :class:`BytesMissing` where they are not, and what is in :data:`LOST`.
+        """
+        # h11 keeps count of bytes that it does not see
+        uncopied: Any = _Uncopied(len(part))
+        self._http.send_with_data_passthrough(h11.Data(data=uncopied))
+        if isinstance(self._stream, trio.SocketStream):
+            descriptor, patience = self._stream.socket.fileno(), self._patience.stall
+            await run_stoppable(lambda stop: _Sending(descriptor, patience, stop).send(body, part))
+            return
+        buffer = memoryview(bytearray(min(_READ_BYTES, len(part))))
+        while part:
+            read = await run_stoppable(functools.partial(_read_part, body, part, buffer))
+            with trio.fail_after(self._patience.stall):
+                await self._stream.send_all(buffer[:read])
+            part = Range(part.start + read, part.stop)
+
+
+class _Uncopied:
+    """Bytes that go past h11."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+
+class _Sending:
+    """Bytes on their way to a socket, in a worker thread. It does not block."""
+
+    def __init__(self, descriptor: int, patience: float, stop: threading.Event) -> None:
+        self._socket = descriptor
+        self._patience = patience
+        self._stop = stop
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def send(self, body: Body, part: Range) -> None:
+        spans = body.spans(part)
+        if spans is None:
+            self._send_read(body, part)
+            return
+        for span in spans:
+            try:
+                file = os.open(span.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise BytesMissing(f"{span.path}: {error.strerror}") from error
+            try:
+                self._send_file(file, span.offset, span.count)
+            finally:
+                os.close(file)
+
+    def _send_file(self, file: int, offset: int, left: int) -> None:
+        while left:
+            self._wait()
+            try:
+                sent = os.sendfile(self._socket, file, offset, min(left, _FILE_BYTES))
+            except BlockingIOError:
+                continue
+            if sent == 0:
+                raise BytesMissing("the file is shorter than it was")
+            offset += sent
+            left -= sent
+
+    def _send_read(self, body: Body, part: Range) -> None:
+        buffer = memoryview(bytearray(min(_READ_BYTES, len(part))))
+        while part:
+            read = _read_part(body, part, buffer, self._stop)
+            view = buffer[:read]
+            while view:
+                self._wait()
+                try:
+                    view = view[os.write(self._socket, view) :]
+                except BlockingIOError:
+                    continue
+            part = Range(part.start + read, part.stop)
+
+    def _wait(self) -> None:
+        """Return once the socket takes bytes."""
+        until = time.monotonic() + self._patience
+        while not self._stop.is_set():
+            if self._poll.poll(_LOOK_SECONDS * 1000):
+                return
+            if time.monotonic() > until:
+                raise trio.TooSlowError
+        raise Stopped
+
+
+def _read_part(body: Body, part: Range, buffer: memoryview, _: threading.Event) -> int:
+    try:
+        read = body.read(part.start, buffer[: len(part)])
+    except OSError as error:
+        raise BytesMissing(f"it cannot be read: {error.strerror}") from error
+    if read == 0:
+        raise BytesMissing("the file is shorter than it was")
+    return read
+
+
+def _announces_body(request: h11.Request) -> bool:
+    names = {name: value for name, value in request.headers}
+    return b"transfer-encoding" in names or names.get(b"content-length", b"0") != b"0"
+
+
+def _read(request: h11.Request) -> Request:
+    headers: dict[str, str] = {}
+    for name, value in request.headers:
+        text = name.decode("ascii")
+        if text in headers and text not in _MANY:
+            # which of the two counts must not be a matter of taste
+            raise Refusal(400, "UNSUPPORTED", f"the header {text[:100]} is there twice")
+        headers[text] = value.decode("iso-8859-1")
+    return Request(request.method.decode("ascii"), request.target.decode("ascii"), headers)

@@ -1,0 +1,104 @@
+"""Passing a part of a blob on while it arrives: what is there is sent, then the next is waited for.
+
+The threads that receive the bytes tell of them; the task that sends them looks again at what there
+is each time, as a blob becomes complete, or is dropped, while it is being sent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fetcher.errors import ModelError, Unavailable
+from fetcher.peers.http import BytesMissing
+from fetcher.ranges import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fetcher.jobs import Job
+    from fetcher.peers.bodies import Body
+    from fetcher.peers.fills import Wanting
+    from fetcher.peers.http import HttpConnection
+    from fetcher.peers.served import Served
+    from fetcher.peers.uploads import Uploads
+
+_FIRST_BYTE_SECONDS: Final = 30.0
+_NEXT_BYTE_SECONDS: Final = 10.0
+"""How long what is on its way may stand still; who asked has left long before."""
+_SLICE_BYTES: Final = 64 * 1024 * 1024
+_SLICES_A_SECOND: Final = 20
+_LEAST_SLICE: Final = 64 * 1024
+
+
+class Passing:
+    """One part on its way through this node."""
+
+    def __init__(self, part: Range, find: Callable[[], Body | None], job: Job | None) -> None:
+        """``find`` gives what is here of the blob at present, ``job`` is what fetches it."""
+        self._part = part
+        self._find = find
+        self._job = job
+        self._waiting = trio.CancelScope()
+        self.wanting: Wanting | None = None
+        """What has the part fetched, if that is done for this asker."""
+
+    def look(self) -> None:
+        """Look again whether there is something to wait for."""
+        self._waiting.cancel()
+
+    async def begun(self) -> Body:
+        """The blob, once the first byte of the part is there.
+
+        Raises what the fetching of it failed with, and :class:`Unavailable` where it ends or does
+        not come.
+        """
+        with trio.move_on_after(_FIRST_BYTE_SECONDS):
+            return await self._next(self._part)
+        raise Unavailable("it does not arrive: ask again", retry_after=1.0)
+
+    async def send(
+        self, connection: HttpConnection, uploads: Uploads, served: Served, left: list[int]
+    ) -> None:
+        """Send the part as it arrives; ``left`` is told what is not sent yet.
+
+        Raises :class:`BytesMissing` where it does not arrive, and what ends a connection.
+        """
+        part, rate = self._part, uploads.rate
+        most = max(rate // _SLICES_A_SECOND, _LEAST_SLICE) if rate else _SLICE_BYTES
+        while part:
+            body = await self._next_or_end(part)
+            piece = Range(part.start, min(body.there(part), part.start + most))
+            pause = uploads.pause(len(piece), trio.current_time())
+            left[0] -= len(piece)
+            await trio.sleep(pause)
+            await connection.send_part(body, piece)
+            served.bytes += len(piece)
+            part = Range(piece.stop, part.stop)
+
+    async def _next_or_end(self, part: Range) -> Body:
+        try:
+            with trio.fail_after(_NEXT_BYTE_SECONDS):
+                return await self._next(part)
+        except (ModelError, trio.TooSlowError) as error:
+            # the head has been sent: all that is left is to end before the end
+            raise BytesMissing(str(error) or "nothing arrives any more") from error
+
+    async def _next(self, part: Range) -> Body:
+        while True:
+            body = self._find()
+            if body is not None and body.there(part) > part.start:
+                return body
+            job = self._arriving()
+            with trio.CancelScope() as self._waiting:
+                await job.change()
+
+    def _arriving(self) -> Job:
+        """What fetches it still; raises why nothing more will arrive, if that is so."""
+        job, wanting = self._job, self.wanting
+        if wanting is not None and wanting.failure is not None:
+            raise wanting.failure
+        if job is None or job.finished.is_set() or (wanting is not None and wanting.ended):
+            raise Unavailable("it stopped arriving: ask again", retry_after=1.0)
+        return job

@@ -1,0 +1,131 @@
+"""A node with a peer server, in the test's own process, before a real registry."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import httpx
+import trio
+
+from fetcher.jobs import Jobs
+from fetcher.peers.access import Rights
+from fetcher.peers.blobs import Blobs, OwnsNothing
+from fetcher.peers.fills import Fills
+from fetcher.peers.http import HttpPatience
+from fetcher.peers.manifests import Manifests
+from fetcher.peers.served import Served
+from fetcher.peers.server import PeerServer, PeerServerSettings, listen
+from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
+from fetcher.peers.uploads import Uploads
+from fetcher.policy import ReferencePolicy
+from fetcher.pull import Pulls, PullSettings
+from fetcher.registry import Registry, RegistrySettings
+from fetcher.store import Limits, Store
+from tests.support.stores import CHUNK, NO_FLOOR, QUICK
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from fetcher.download import DownloadSettings
+    from fetcher.oci import Digest
+    from fetcher.peers.blobs import Ownership
+    from fetcher.ranges import Range
+
+TOKEN = "a-shared-token-of-the-peers"
+
+
+class OwnsAll:
+    """The ownership of a node that fetches everything for others."""
+
+    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+        return True
+
+
+@dataclass
+class PeerNode:
+    """A node that serves others."""
+
+    url: str
+    store: Store
+    pulls: Pulls
+    jobs: Jobs
+    served: Served
+    client: httpx.AsyncClient = field(repr=False)
+
+    def blob_url(self, repository: str, digest: Digest | str, ns: str) -> str:
+        return f"/v2/{repository}/blobs/{digest}?ns={ns}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a test wants to be otherwise."""
+
+    files: PeerFiles | None = None
+    ownership: Ownership = field(default_factory=OwnsNothing)
+    uploads: int = 32
+    rate: int | None = None
+    policy: ReferencePolicy = field(default_factory=ReferencePolicy)
+    server: PeerServerSettings = field(
+        default_factory=lambda: PeerServerSettings(patience=HttpPatience(idle=5, head=1, stall=5))
+    )
+    registry: RegistrySettings = field(
+        default_factory=lambda: RegistrySettings(attempts=1, retry_seconds=1)
+    )
+    download: DownloadSettings = QUICK
+    limits: Limits = NO_FLOOR
+    chunk_size: int = CHUNK
+    linger: float = 30.0
+
+
+@contextlib.asynccontextmanager
+async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[PeerNode]:
+    """A node whose peer server listens on a port of its own; a token is wanted unless said
+    otherwise. The client shows it, and that it is the member ``asker``.
+    """
+    setup = setup or Setup()
+    if setup.files is None:
+        token_file = root.with_name(root.name + ".token")
+        token_file.write_text(f"{TOKEN}\n")
+        files = PeerFiles(token=token_file)
+    else:
+        files = setup.files
+    files.check()
+    store = Store.open(root, setup.chunk_size, setup.limits)
+    registry = Registry(setup.registry)
+    try:
+        async with trio.open_nursery() as nursery:
+            jobs = Jobs(store, registry, setup.download, nursery)
+            served, rights = Served(), Rights(registry)
+            fills = Fills(store, jobs, nursery, setup.linger)
+            uploads = Uploads(setup.uploads, setup.rate)
+            server = PeerServer(
+                Blobs(store, jobs, fills, rights, setup.policy, setup.ownership, uploads, served),
+                Manifests(store.catalog, registry, rights, setup.policy),
+                None if files.token is None else PeerToken(files.token),
+                None if files.certificate is None else PeerTls(files),
+                served,
+                setup.server,
+            )
+            listeners = await listen("127.0.0.1:0")
+            nursery.start_soon(server.serve, listeners)
+            port = listeners[0].socket.getsockname()[1]
+            url = f"{'http' if files.certificate is None else 'https'}://127.0.0.1:{port}"
+            headers = {
+                "Model-CSI-Peer": TOKEN,
+                "Model-CSI-From": "asker",
+                "Model-CSI-Chunk": str(setup.chunk_size),
+            }
+            async with httpx.AsyncClient(
+                base_url=url, headers=headers, trust_env=False, timeout=20
+            ) as client:
+                pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
+                yield PeerNode(url, store, pulls, jobs, served, client)
+            nursery.cancel_scope.cancel()
+        jobs.close()
+    finally:
+        with trio.CancelScope(shield=True):
+            await registry.aclose()
+        store.close()
