@@ -9,7 +9,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fetcher.store.blobs import ChunkSink
+    from fetcher.store.sinks import ChunkSink
 
 
 class Probe:
@@ -37,7 +37,7 @@ class Probe:
             self.is_whole = self.took_whole = True
         return self.is_whole
 
-    def __call__(self, data: bytes) -> bool:
+    def __call__(self, data: memoryview) -> bool:
         if not self._told and not self.is_whole:
             self._told = True
             self._token.run_sync_soon(self._answered)

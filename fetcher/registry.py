@@ -28,11 +28,11 @@ from fetcher.hosts import Hosts, itself
 from fetcher.oci import MANIFEST_TYPES, MAX_MANIFEST_BYTES, Digest, Index, Manifest, parse_manifest
 from fetcher.platforms import pick, this_platform
 from fetcher.refusals import page
-from fetcher.routes import Hop
+from fetcher.routes import MAX_REDIRECTS, Hop
 from fetcher.sources import Health
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from fetcher.credentials import Credentials, Keychain
     from fetcher.exchange import Answer
@@ -84,6 +84,12 @@ class BlobAccess:
     connect_timeout: float | None = None
     stall_timeout: float | None = None
     """Seconds, where this host gets less time than others."""
+    redirects: int = MAX_REDIRECTS
+    """How many are followed."""
+    on_answer: Callable[[int, Mapping[str, str]], None] | None = None
+    """Told of the status and the headers, their names in lower case, of every answer that is no
+    redirect, before its body: in the thread that fetches.
+    """
 
 
 class Registry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import ssl
+import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,28 @@ class Trust:
                 context.load_verify_locations(cafile=file)
             except (OSError, ssl.SSLError) as error:
                 raise _unusable("certificate authorities", file, error) from error
+
+
+class Contexts:
+    """Python's TLS for HTTP/1.1, made once for each trust and anew when its files change.
+
+    May be asked by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[Trust, tuple[tuple[int, ...], ssl.SSLContext]] = {}
+
+    def of(self, trust: Trust) -> ssl.SSLContext:
+        """See :meth:`Trust.context`."""
+        version = trust.version()
+        with self._lock:
+            known = self._made.get(trust)
+            if known is None or known[0] != version:
+                context = trust.context()
+                context.set_alpn_protocols(["http/1.1"])
+                known = self._made[trust] = version, context
+            return known[1]
 
 
 def check_authorities(ca_file: Path | None) -> None:

@@ -319,7 +319,7 @@ def test_bulk_bytes_go_to_no_proxy_that_they_cannot_verify(
 def test_bulk_bytes_leave_a_host_of_no_proxy_alone(
     tmp_path: Path, registry: RegistryServer
 ) -> None:
-    """libcurl reads the environment in its own way, if it is let."""
+    """What the environment says is for :mod:`fetcher.proxies` to read, and for nobody else."""
     data = b"some weights"
     digest = registry.push_blob("proxied/bulk", data)
     with serve_forward_proxy() as forward:
@@ -333,7 +333,7 @@ def test_bulk_bytes_leave_a_host_of_no_proxy_alone(
         with pytest.MonkeyPatch.context() as patch:
             for name in ("http_proxy", "ALL_PROXY", "all_proxy"):
                 patch.setenv(name, f"http://{forward.address}")
-            with pytest.raises(Unavailable, match="failed"):
+            with pytest.raises(Unavailable, match="there is no host"):
                 _fetched(direct, digest, len(data))
         assert len(forward.asked) == 1
 
@@ -350,7 +350,7 @@ class _Kept:
     def whole(self) -> bool:
         return True
 
-    def __call__(self, data: bytes) -> bool:
+    def __call__(self, data: memoryview) -> bool:
         self.data += data
         return True
 
@@ -385,7 +385,7 @@ def test_a_redirect_onto_an_open_connection_is_looked_at_too(registry: RegistryS
     path = f"/v2/steered/model/blobs/{digest}"
     own = _own_address()
     with serve_proxy(registry.address) as inner, serve_proxy(registry.address, host=own) as outer:
-        # names below localhost are this machine's to libcurl, without a question to DNS
+        # names below localhost are this machine's, without a question to DNS
         goal = f"inner.localhost:{inner.address.rpartition(':')[2]}"
         there = BlobAccess(Hop(f"http://{goal}{path}", (), Trust()), Route(goal, goal))
         outer.faults.signed_seconds = 60
