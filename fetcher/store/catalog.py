@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from fetcher.errors import InvalidArtifact
 from fetcher.oci import Digest, Manifest, parse_manifest
+from fetcher.store.lists import ListRecords
 
 if TYPE_CHECKING:
     import sqlite3
@@ -326,6 +327,7 @@ def forget_model(connection: sqlite3.Connection, digest: Digest) -> None:
             (str(digest),),
         )
     connection.execute("DELETE FROM manifests WHERE digest = ?", (str(digest),))
+    ListRecords.forget(connection, str(digest))
     for (name,) in names:
         _forget_proofs(connection, name)
 

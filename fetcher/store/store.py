@@ -21,6 +21,7 @@ from fetcher.store.garbage import Garbage
 from fetcher.store.holdings import Holdings
 from fetcher.store.integrity import Wanted, blob_problem, heal_tree, layer_problem
 from fetcher.store.layers import FRAME, load_layer, unpack_layer
+from fetcher.store.lists import ListRecords
 from fetcher.store.orphans import Orphans
 from fetcher.store.places import TarFiles, WholeFile
 from fetcher.store.rooms import TREE_BYTES, Need, Room, Rooms, need_of
@@ -64,6 +65,7 @@ class Store:
         self.database = database
         self.catalog = Catalog(database)
         self.damages = Damages(database)
+        self.lists = ListRecords(database)
         self.space = Space(root, Holdings(database), limits)
         self.garbage = Garbage(database, self.catalog, self.space)
         self.rooms = Rooms(self.space, self.garbage)
