@@ -54,6 +54,8 @@ class Faults:
     """Statuses that the next blob requests get in turn instead of an answer."""
     stall: threading.Event | None = None
     """While it is clear, no blob bytes flow."""
+    latency: float = 0.0
+    """Seconds that pass before each request is looked at, as over a long way."""
     extra_headers: dict[str, str] = field(default_factory=dict)
     signed_seconds: float | None = None
     """Redirect blob requests to a signed address, which is refused after so many seconds; until
@@ -88,6 +90,8 @@ class Counts:
         """The ``Range`` of every request for a blob."""
         self.refused_addresses = 0
         """Requests to signed addresses that had expired."""
+        self.others = 0
+        """Bytes of answers that were no blob's."""
 
     def add(self, digest: str, count: int) -> None:
         with self._lock:
@@ -96,6 +100,10 @@ class Counts:
     def request(self, method: str, path: str) -> None:
         with self._lock:
             self.requests.append((method, path))
+
+    def add_other(self, count: int) -> None:
+        with self._lock:
+            self.others += count
 
     @property
     def total(self) -> int:
@@ -215,6 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         self.server.counts.request(self.command, self.path)
+        if self.server.faults.latency:
+            time.sleep(self.server.faults.latency)
         path, _, query = self.path.partition("?")
         match = _BLOB.fullmatch(path)
         is_blob = self.command == "GET" and match is not None
@@ -257,7 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
             if match is not None and is_blob:
                 self._send_blob(answer, match["digest"])
             else:
-                self.wfile.write(answer.read())
+                body = answer.read()
+                self.wfile.write(body)
+                self.server.counts.add_other(len(body))
         finally:
             upstream.close()
 
@@ -341,7 +353,14 @@ def serve_proxy(
     upstream: str, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
 ) -> Iterator[Proxy]:
     """Run a proxy in front of the registry at ``upstream``, ``host:port``."""
-    with Proxy(upstream, tls, host) as proxy:
+    with running(Proxy(upstream, tls, host)) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def running(proxy: Proxy) -> Iterator[Proxy]:
+    """Run a proxy that was made elsewhere, such as in another network."""
+    with proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
