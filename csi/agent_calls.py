@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from msgspec import Struct
 
     from csi.agent import Watch
+    from csi.state import VolumeRecord
     from csi.volumes import Volumes
     from fetcher.credentials import Keychain
     from fetcher.modelpack import Model, Selection
+    from fetcher.peers.served import Served
     from fetcher.pull import Progress, Pull, Pulls, Resolved
     from fetcher.registry import Registry
     from fetcher.store import Store
@@ -160,14 +162,16 @@ class AgentCalls:
         volumes: Volumes,
         keychain: Keychain,
         facts: AgentFacts,
+        served: Served | None = None,
     ) -> None:
-        """``keychain`` is the node's own."""
+        """``keychain`` is the node's own, ``served`` what it has sent to its peers."""
         self._store = store
         self._registry = registry
         self._pulls = pulls
         self._volumes = volumes
         self._keychain = keychain
         self._facts = facts
+        self._served = served
         self._store_calls = StoreCalls(store, volumes, pulls, keychain)
         self._table: Mapping[str, Callable[[Any, Watch], Awaitable[Struct]]] = {
             protocol.PING.name: self._ping,
@@ -216,12 +220,13 @@ class AgentCalls:
             seconds=trio.current_time() - started,
         )
 
-    def _attributes(self, params: protocol.PullParams) -> VolumeAttributes:
+    def _attributes(self, params: protocol.PullParams, **others: str) -> VolumeAttributes:
         """What a volume with these parameters would be: one set of rules, one set of errors."""
         prefix = f"{self._facts.driver_name}/"
         context = {
             f"{prefix}reference": params.reference,
             f"{prefix}pull-policy": params.pull_policy,
+            **{prefix + name: value for name, value in others.items() if value},
         }
         if params.exclude_weights:
             context[f"{prefix}exclude-model-weights"] = "true"
@@ -281,7 +286,7 @@ class AgentCalls:
         require_root("mounting")
         target = _target(params.target)
         volume_id = volume_id_of(target)
-        attributes = self._attributes(params)
+        attributes = self._attributes(params, mode=params.mode, prefetch=params.prefetch)
         keychain = keychain_for(attributes.reference, params.login, self._keychain)
         watch.follow(lambda: self._progress_of(attributes))
         await self._volumes.publish(
@@ -296,6 +301,8 @@ class AgentCalls:
             digest=record.digest,
             target=str(target),
             volume_id=volume_id,
+            shown=record.shown.value,
+            reason=record.reason,
         )
 
     def _require_node(self) -> None:
@@ -338,17 +345,7 @@ class AgentCalls:
                 version=self._facts.version,
                 started=self._facts.started,
             ),
-            volumes=tuple(
-                protocol.VolumeRow(
-                    id=record.volume_id,
-                    target=str(record.target),
-                    reference=record.reference,
-                    digest=record.digest,
-                    state=record.state.value,
-                    pod=record.pod,
-                )
-                for record in self._volumes.list()
-            ),
+            volumes=tuple(self._volume_row(record) for record in self._volumes.list()),
             pulls=await self._running_pulls(),
             unknown_mounts=tuple(
                 protocol.MountRow(
@@ -357,6 +354,28 @@ class AgentCalls:
                 for tree in self._volumes.unknown_mounts()
             ),
             disk=await self._store_calls.disk(),
+            uploads=self._uploads(),
+        )
+
+    def _uploads(self) -> protocol.UploadsRow | None:
+        """What was sent to peers."""
+        served = self._served
+        return None if served is None else msgspec.convert(asdict(served), protocol.UploadsRow)
+
+    def _volume_row(self, record: VolumeRecord) -> protocol.VolumeRow:
+        progress = self._volumes.progress(record)
+        return protocol.VolumeRow(
+            id=record.volume_id,
+            target=str(record.target),
+            reference=record.reference,
+            digest=record.digest,
+            state=record.state.value,
+            pod=record.pod,
+            shown=record.shown.value,
+            reason=record.reason,
+            done=progress.done if progress else 0,
+            total=progress.total if progress else 0,
+            problem=self._volumes.problem(record),
         )
 
     async def _running_pulls(self) -> tuple[protocol.PullRow, ...]:

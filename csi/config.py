@@ -11,7 +11,7 @@ import math
 import re
 import socket
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -19,6 +19,8 @@ from typing import Annotated, Any, Final, Literal, Self
 import msgspec
 
 from csi import values
+from csi.peer_config import PeerConfig
+from csi.values import Rule
 from fetcher.errors import InvalidRequest
 
 ENVIRONMENT_PREFIX: Final = "MODEL_CSI_"
@@ -35,17 +37,8 @@ _SERVICE_LINK: Final = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What is said about a setting besides its type."""
-
-    summary: str
-    check: Callable[[Any], str | None] | None = None
-    read: Callable[[object], object] | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PeerConfig):
     """Every setting, as its rule says. Made by :meth:`load`; nothing changes later."""
 
     mode: Annotated[
@@ -116,6 +109,25 @@ class Config:
             values.parse_duration,
         ),
     ] = 60.0
+    fuse: Annotated[
+        Literal["auto", "off"],
+        Rule("whether volumes may be shown while their model is still fetched, through FUSE"),
+    ] = "auto"
+    read_timeout: Annotated[
+        float,
+        Rule(
+            "seconds in which a read of what a lazy volume has not fetched yet ends",
+            values.check_read_timeout,
+            values.parse_duration,
+        ),
+    ] = 60.0
+    worker_cgroup: Annotated[
+        Path | None,
+        Rule(
+            "the cgroup of the processes that serve lazy volumes, which outlive the driver's",
+            values.check_path,
+        ),
+    ] = None
     allowed_models: Annotated[
         tuple[str, ...],
         Rule(
@@ -244,8 +256,9 @@ class Setting:
 
 
 def settings() -> tuple[Setting, ...]:
-    """Every setting, in the order of :class:`Config`."""
+    """Every setting, in the order of :class:`Config`; those about peers come last."""
     rules = _rules()
+    peers = [field.name for field in dataclasses.fields(PeerConfig)]
     return tuple(
         Setting(
             field=field.name,
@@ -256,7 +269,7 @@ def settings() -> tuple[Setting, ...]:
             choices=_choices(rules[field.name][0]),
             multiple=typing.get_origin(rules[field.name][0]) is tuple,
         )
-        for field in dataclasses.fields(Config)
+        for field in sorted(dataclasses.fields(Config), key=lambda one: one.name in peers)
     )
 
 

@@ -1,4 +1,4 @@
-"""Reading and checking the value of one setting.
+"""Reading and checking the value of one setting, and the rule that says how.
 
 A reader turns a text into what the setting's type wants and raises ValueError; a check returns why
 a converted value cannot be used, or None.
@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fetcher.errors import InvalidRequest
 from fetcher.policy import ModelPattern
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 # CSI specification, GetPluginInfo: "domain name notation", at most 63 characters.
 _DRIVER_NAME: Final = re.compile(
     r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*"
 )
 _REGISTRY_HOST: Final = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_LISTEN: Final = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])?:([0-9]{1,5})")
 _SIZE: Final = re.compile(r"([0-9]{1,18})\s*(?:(B)|([KMGT])i(?:B)?)?", re.IGNORECASE)
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -30,6 +32,15 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 MAX_SOCKET_PATH: Final = 107
 """``sockaddr_un.sun_path`` without its NUL."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is said about a setting besides its type."""
+
+    summary: str
+    check: Callable[[Any], str | None] | None = None
+    read: Callable[[object], object] | None = None
 
 
 def parse_size(value: object) -> object:
@@ -110,6 +121,10 @@ def check_stall_timeout(seconds: float) -> str | None:
     return None if 1 <= seconds <= 3600 else "expected 1s to 1h"
 
 
+def check_read_timeout(seconds: float) -> str | None:
+    return None if 1 <= seconds <= 3600 else "expected 1s to 1h"
+
+
 def check_deadline_margin(seconds: float) -> str | None:
     return None if 0.1 <= seconds <= 60 else "expected 100ms to 60s"
 
@@ -149,6 +164,27 @@ def check_hosts(hosts: tuple[str, ...]) -> str | None:
         if not _REGISTRY_HOST.fullmatch(host):
             return f"{host[:100]!r} is not a registry host: expected host or host:port"
     return None
+
+
+def check_registry(host: str | None) -> str | None:
+    return None if host is None else check_hosts((host,))
+
+
+def check_listen(address: str | None) -> str | None:
+    if address is None:
+        return None
+    match = _LISTEN.fullmatch(address)
+    if match is None or not 0 < int(match[1]) < 65536:
+        return "expected host:port, or :port for all addresses of this machine"
+    return None
+
+
+def check_uploads(count: int) -> str | None:
+    return None if 1 <= count <= 1024 else "expected 1 to 1024"
+
+
+def check_rate(rate: int | None) -> str | None:
+    return None if rate is None or 64 * KIB <= rate < 1 << 60 else "expected 64KiB or more"
 
 
 def near_match(name: str, known: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from csi.placement import Placement
 from csi.reconcile import reconcile
 from csi.served import Folders, TreeKey
 from csi.state import Shown, VolumeRecord, VolumeState
-from csi.stats import STATS_TIMEOUT, VolumeStats, stats_of
+from csi.stats import STATS_TIMEOUT, VolumeStats, known_problem, stats_of
 from csi.turns import Turns
 from csi.waiting import wait_for_tree
 from fetcher.errors import (
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from csi.waiting import PullService
     from fetcher.credentials import Keychain
     from fetcher.oci import Reference
-    from fetcher.pull import Resolved
+    from fetcher.pull import Progress, Resolved
     from fetcher.store import ModelTree
 
 logger = logging.getLogger(__name__)
@@ -375,6 +375,18 @@ class Volumes:
         if record is None or record.state is not VolumeState.PUBLISHED:
             raise NotFound(f"volume {volume_id[:200]} is not published at {target}")
         return await stats_of(record, self._pulls, self._lazy)
+
+    def problem(self, record: VolumeRecord) -> str | None:
+        """What is wrong with a published volume, as far as is known without asking anybody."""
+        if record.state is not VolumeState.PUBLISHED:
+            return None
+        return known_problem(record, self._lazy)
+
+    def progress(self, record: VolumeRecord) -> Progress | None:
+        """How much of what a lazily shown volume shows is here; None for any other one."""
+        if record.shown is Shown.BIND or self._lazy is None:
+            return None
+        return self._lazy.progress(record)
 
     def list(self) -> list[VolumeRecord]:
         """Every volume that is recorded, published or not."""

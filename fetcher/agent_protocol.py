@@ -77,6 +77,8 @@ class PullParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class MountParams(PullParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
     target: Text
     """Absolute and resolved: the agent's working folder is not the caller's."""
+    mode: Text = "eager"
+    prefetch: Text = ""
 
 
 class UnmountParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -136,6 +138,9 @@ class MountResult(Struct, frozen=True, kw_only=True):
     digest: str
     target: str
     volume_id: str
+    shown: str = "bind"
+    """As :attr:`VolumeRow.shown`."""
+    reason: str | None = None
 
 
 class UnmountResult(Struct, frozen=True, kw_only=True):
@@ -206,6 +211,16 @@ class VolumeRow(Struct, frozen=True, kw_only=True):
     digest: str
     state: str
     pod: str | None
+    shown: str = "bind"
+    """``bind``: the tree of a complete model; ``lazy``: what the process of its model serves."""
+    reason: str | None = None
+    """Why it is shown like that, where the volume's mode left it open."""
+    done: int = 0
+    total: int = 0
+    """Of a lazily shown volume: bytes that are here, and bytes in all; 0 where that is not known.
+    """
+    problem: str | None = None
+    """What is wrong with it, as far as is known without asking its file system."""
 
 
 class MountRow(Struct, frozen=True, kw_only=True):
@@ -252,6 +267,21 @@ class DiskRow(Struct, frozen=True, kw_only=True):
     models: int
     contents: int
     """Layers, whole or in part."""
+
+
+class UploadsRow(Struct, frozen=True, kw_only=True):
+    """What was sent to peers since the agent started; see :mod:`fetcher.peers.served`."""
+
+    bytes: int
+    from_store: int
+    passed_on: int
+    filled: int
+    lacking: int
+    busy: int
+    refused: int
+    strangers: int
+    connections: int
+    uploads: int
 
 
 class EvictedRow(Struct, frozen=True, kw_only=True):
@@ -309,6 +339,8 @@ class StatusResult(Struct, frozen=True, kw_only=True):
     disk: DiskRow | None
     unknown_mounts: tuple[MountRow, ...] = ()
     """Mounts of models below kubelet's folder that belong to no volume."""
+    uploads: UploadsRow | None = None
+    """None where the node serves no peers."""
 
 
 # --------------------------------------------------------------------------------------- calls

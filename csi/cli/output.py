@@ -77,6 +77,14 @@ def pulled(pull: protocol.PullResult) -> None:
     )
 
 
+def mounted(mount: protocol.MountResult) -> None:
+    """Print what is where now."""
+    rows = [("reference", mount.reference), ("digest", mount.digest), ("at", mount.target)]
+    if mount.shown == "lazy":
+        rows.append(("shown", "lazily: fetched while it is read"))
+    facts(rows)
+
+
 def models(listed: protocol.ListResult) -> None:
     """Print what is in the store."""
     table(
@@ -136,6 +144,14 @@ def _disk(disk: protocol.DiskRow) -> list[tuple[str, str]]:
     if disk.orphan_bytes:
         rows.append(("orphans", f"{bytes_text(disk.orphan_bytes)} without a record"))
     return rows
+
+
+def _uploads(found: protocol.UploadsRow) -> str:
+    parts = found.from_store + found.passed_on + found.filled
+    return (
+        f"{bytes_text(found.bytes)} sent in {parts} parts, {found.filled} of them fetched for "
+        f"others; {found.busy} sent elsewhere, {found.refused + found.strangers} turned away"
+    )
 
 
 def collected(found: protocol.GcResult) -> None:
@@ -208,6 +224,8 @@ def status(found: protocol.StatusResult) -> None:
     rows = [("root", found.root), ("agent", running)]
     if found.disk is not None:
         rows.extend(_disk(found.disk))
+    if found.uploads is not None:
+        rows.append(("peers", _uploads(found.uploads)))
     facts(rows)
     if found.pulls:
         print()
@@ -228,11 +246,12 @@ def status(found: protocol.StatusResult) -> None:
     if found.volumes:
         print()
         table(
-            ("VOLUME", "STATE", "MODEL", "TARGET", "POD", "REFERENCE"),
+            ("VOLUME", "STATE", "SHOWN", "MODEL", "TARGET", "POD", "REFERENCE"),
             [
                 (
                     volume.id,
                     volume.state,
+                    _shown(volume),
                     short(volume.digest),
                     volume.target,
                     volume.pod or "",
@@ -241,9 +260,29 @@ def status(found: protocol.StatusResult) -> None:
                 for volume in found.volumes
             ],
         )
+        _remarks(found.volumes)
     if found.unknown_mounts:
         print()
         table(
             ("MOUNT OF NO VOLUME", "MODEL"),
             [(mount.target, short(mount.digest)) for mount in found.unknown_mounts],
         )
+
+
+def _shown(volume: protocol.VolumeRow) -> str:
+    if volume.shown != "lazy" or not volume.total:
+        return volume.shown
+    return f"lazy, {100 * min(volume.done, volume.total) // volume.total} %"
+
+
+def _remarks(volumes: Sequence[protocol.VolumeRow]) -> None:
+    """Print why volumes are shown as they are, and what is wrong with them."""
+    rows = [
+        (volume.id, remark)
+        for volume in volumes
+        for remark in (volume.reason, volume.problem)
+        if remark
+    ]
+    if rows:
+        print()
+        table(("VOLUME", "REMARK"), rows)

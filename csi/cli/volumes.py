@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from csi.agent_calls import require_root
+from csi.attributes import Mode, Prefetch
 from csi.cli import output
 from csi.cli.calling import client, has_store, work
 from csi.cli.options import (
@@ -32,6 +33,18 @@ if TYPE_CHECKING:
 @click.command(short_help="Show a model at a folder, read-only.")
 @click.argument("reference", metavar="REF")
 @click.argument("folder", metavar="DIR")
+@click.option(
+    "--mode",
+    type=click.Choice([mode.value for mode in Mode]),
+    default=Mode.EAGER.value,
+    show_default=True,
+    help="All of it before it is shown, or at once and fetched while it is read, or what is best.",
+)
+@click.option(
+    "--prefetch",
+    type=click.Choice([prefetch.value for prefetch in Prefetch]),
+    help="What is fetched besides what is read; not with the mode eager.  [default: all]",
+)
 @selection_options
 @registry_options
 @global_options
@@ -40,6 +53,8 @@ def mount(
     invocation: Invocation,
     reference: str,
     folder: str,
+    mode: str,
+    prefetch: str | None,
     pull_policy: str,
     exclude: tuple[str, ...],
     exclude_weights: bool,
@@ -51,9 +66,13 @@ def mount(
     DIR is made if it is not there, and has to be empty. The mount outlives this command and any
     agent; it is gone after 'model-csi unmount DIR' or a restart of the machine. Needs root.
 
+    With --mode lazy it is shown at once and fetched while it is read, by 'model-csi serve', which
+    has to run.
+
     \b
     Examples:
       model-csi mount ghcr.io/acme/qwen3-8b:v1 /mnt/qwen3
+      model-csi mount --mode lazy ghcr.io/acme/qwen3-8b:v1 /mnt/qwen3
     """
     require_root("mounting")
     password = read_password(username, password_stdin)
@@ -62,6 +81,8 @@ def mount(
         params = protocol.MountParams(
             reference=reference,
             target=target,
+            mode=mode,
+            prefetch=prefetch or "",
             pull_policy=pull_policy,
             exclude_weights=exclude_weights,
             exclude_patterns=exclude,
@@ -74,8 +95,7 @@ def mount(
     if invocation.as_json:
         output.result(result)
     else:
-        rows = (("reference", result.reference), ("digest", result.digest), ("at", result.target))
-        output.facts(rows)
+        output.mounted(result)
 
 
 @click.command(short_help="Take a model off a folder.")

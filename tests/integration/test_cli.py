@@ -157,7 +157,7 @@ def test_what_people_read(cli: ModelCsi, tmp_path: Path, registry: RegistryServe
     assert str(target) in cli.run("mount", reference, str(target)).output
     status = cli.run("status").output
     assert "agent  not running\n" in status
-    assert re.search(rf"published +{builder.digest.short} +{target}", status)
+    assert re.search(rf"published +bind +{builder.digest.short} +{target}", status)
     assert cli.run("unmount", str(target)).output == f"unmounted  {target}\n"
     assert cli.run("unmount", str(target)).output == f"not mounted  {target}\n"
 
