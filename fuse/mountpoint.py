@@ -1,0 +1,211 @@
+"""The mount of a worker: its lock, the mount itself, and what the kernel reads ahead there."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from fetcher.errors import InProgress, ModelError, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+TYPE: Final = "fuse.model-csi"
+MAX_READ: Final = 1024 * 1024
+READ_AHEAD_KB: Final = 4096
+"""Measured best: the kernel then asks for :data:`MAX_READ` at a time, several at once."""
+
+MAX_BACKGROUND: Final = 1024
+"""Requests that the kernel has under way. Reads that wait for the network count, and must not keep
+others from being asked; the kernel's own limit is 12."""
+CONGESTION: Final = 256
+
+_MS_RDONLY: Final = 1
+_MS_NOSUID: Final = 2
+_MS_NODEV: Final = 4
+_MNT_DETACH: Final = 2
+_FSCONFIG_CMD_CREATE: Final = 6
+_SYS_FSOPEN: Final = 430
+_SYS_FSCONFIG: Final = 431
+_SYS_FSMOUNT: Final = 432
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_OCTAL: Final = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount of a worker."""
+
+    path: Path
+    device: str
+    """``major:minor``, as the kernel names its device."""
+
+    @property
+    def connection(self) -> str:
+        """The number of the kernel's connection to the worker."""
+        return self.device.partition(":")[2]
+
+
+class _Holder(msgspec.Struct):
+    pid: int
+    started: int
+    """When, in clock ticks after the boot: with the pid it names one process for ever."""
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the one worker of a mountpoint, and say in the lock's file who that is.
+
+    The lock is held until the process ends, however it ends. Raises :class:`InProgress` when there
+    is another one, and :class:`ModelError`.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InProgress(f"another worker holds {path}") from error
+        os.ftruncate(file, 0)
+        os.pwrite(file, msgspec.json.encode(_Holder(os.getpid(), _started())), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def _started() -> int:
+    # the program's name, in parentheses, may hold anything
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19])
+
+
+@contextlib.contextmanager
+def mounted(path: Path) -> Iterator[tuple[int, Mounted]]:
+    """Mount a file system at ``path``, in place of what a dead worker left there.
+
+    Gives the descriptor that the kernel's requests come from, and the mount. Nothing is unmounted
+    at the end: whoever serves leaves because it was, or leaves pods an error rather than an empty
+    folder. Raises :class:`Unsupported` where FUSE cannot be used, and :class:`ModelError`.
+    """
+    _clear(path)
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unsupported(f"/dev/fuse cannot be opened: {error.strerror}") from error
+    try:
+        try:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _mount(path, device)
+        except PermissionError as error:
+            raise Unsupported(f"{path} cannot be mounted: {error.strerror}") from error
+        except OSError as error:
+            raise ModelError(f"{path} cannot be mounted: {error.strerror}") from error
+        yield device, _mounts_at(path)[-1]
+    finally:
+        os.close(device)
+
+
+def _mount(path: Path, device: int) -> None:
+    options = (
+        f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,"
+        f"max_read={MAX_READ}"
+    )
+    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+    _call(_libc.mount(os.fsencode(path), os.fsencode(path), TYPE.encode(), flags, options.encode()))
+
+
+def _call(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def _clear(path: Path) -> None:
+    """Take away mounts of earlier workers, none of which lives, as the lock is ours."""
+    for stale in reversed(_mounts_at(path)):
+        logger.info("detaching the mount that an earlier worker left at %s", stale.path)
+        with contextlib.suppress(OSError):
+            _call(_libc.umount2(os.fsencode(path), _MNT_DETACH))
+
+
+def is_mounted(mount: Mounted) -> bool:
+    """Whether ``mount`` is still at its place."""
+    return any(one.device == mount.device for one in _mounts_at(mount.path))
+
+
+def _mounts_at(path: Path) -> list[Mounted]:
+    """The mounts of workers at ``path``, the one that is seen last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        _, _, device, _, place = fields.split(" ")[:5]
+        place = _OCTAL.sub(lambda match: chr(int(match[1], 8)), place)
+        if rest.startswith(f"{TYPE} ") and place == str(path):
+            found.append(Mounted(path, device))
+    return found
+
+
+def tune(mount: Mounted) -> None:
+    """Raise what the kernel reads ahead, and how many requests it has under way; logs what it is.
+
+    Where that is not allowed the mount is slower and works.
+    """
+    read_ahead = Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb")
+    try:
+        read_ahead.write_text(str(READ_AHEAD_KB))
+        found = int(read_ahead.read_text())
+    except (OSError, ValueError) as error:
+        logger.warning("the read-ahead of %s stays as it is: %s", mount.path, error)
+    else:
+        logger.info("the kernel reads %d KiB ahead on %s", found, mount.path)
+    try:
+        control = _control()
+    except OSError as error:
+        logger.warning("the kernel's limit on requests of %s stays: %s", mount.path, error)
+        return
+    try:
+        for name, value in (
+            ("max_background", MAX_BACKGROUND),
+            ("congestion_threshold", CONGESTION),
+        ):
+            _write_at(control, f"{mount.connection}/{name}", str(value))
+    except OSError as error:
+        logger.warning("the kernel's limit on requests of %s stays: %s", mount.path, error)
+    finally:
+        os.close(control)
+
+
+def _control() -> int:
+    """The root of FUSE's control file system, which containers seldom have mounted anywhere."""
+    if _libc.syscall is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    context = _call(_libc.syscall(_SYS_FSOPEN, b"fusectl", 1))
+    try:
+        _call(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
+        return _call(_libc.syscall(_SYS_FSMOUNT, context, 1, 0))
+    finally:
+        os.close(context)
+
+
+def _write_at(folder: int, name: str, text: str) -> None:
+    file = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
