@@ -27,6 +27,14 @@ from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.download import DownloadSettings
 from fetcher.jobs import Jobs
 from fetcher.names import look_up_apart
+from fetcher.peers.access import Rights
+from fetcher.peers.blobs import Blobs, OwnsNothing
+from fetcher.peers.fills import Fills
+from fetcher.peers.manifests import Manifests
+from fetcher.peers.served import Served
+from fetcher.peers.server import PeerServer, PeerServerSettings, listen
+from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
+from fetcher.peers.uploads import Uploads
 from fetcher.policy import ReferencePolicy
 from fetcher.proxies import Proxies
 from fetcher.pull import Pulls, PullSettings
@@ -59,6 +67,8 @@ class Node:
     pulls: Pulls
     volumes: Volumes
     calls: AgentCalls
+    peers: PeerServer | None
+    """What serves other nodes."""
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +89,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             store.garbage.pin(lambda: pinned_trees(records, folders))
             volumes = Volumes(records, pulls, store.root, config.kubelet_dir)
             keychain = node_keychain(config)
+            peers = peer_server(config, role, store, registry, jobs, downloads)
             calls = AgentCalls(
                 store=store,
                 registry=registry,
@@ -86,8 +97,9 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 volumes=volumes,
                 keychain=keychain,
                 facts=AgentFacts(role, config.mode, config.driver_name, VERSION),
+                served=None if peers is None else peers.served,
             )
-            yield Node(config, store, registry, keychain, pulls, volumes, calls)
+            yield Node(config, store, registry, keychain, pulls, volumes, calls, peers)
             downloads.cancel_scope.cancel()
 
 
@@ -147,6 +159,42 @@ def pull_settings(config: Config) -> PullSettings:
     )
 
 
+def peer_server(
+    config: Config,
+    role: str,
+    store: Store,
+    registry: Registry,
+    jobs: Jobs,
+    nursery: trio.Nursery,
+) -> PeerServer | None:
+    """What serves other nodes, if this one does; what it fetches for them runs in ``nursery``.
+
+    Raises :class:`fetcher.errors.InvalidRequest` where it would serve strangers.
+    """
+    if config.peer_listen is None or config.mode == "controller" or role != "serve":
+        return None
+    files = PeerFiles(
+        config.peer_token_file,
+        config.peer_cert,
+        config.peer_key,
+        config.peer_ca,
+        config.peer_insecure,
+    )
+    files.check()
+    served, rights = Served(), Rights(registry)
+    policy = pull_settings(config).references
+    uploads = Uploads(config.peer_uploads, config.peer_upload_rate)
+    fills = Fills(store, jobs, nursery)
+    return PeerServer(
+        Blobs(store, jobs, fills, rights, policy, OwnsNothing(), uploads, served),
+        Manifests(store.catalog, registry, rights, policy),
+        None if files.token is None else PeerToken(files.token),
+        None if files.certificate is None else PeerTls(files),
+        served,
+        PeerServerSettings(namespace=config.peer_namespace or ""),
+    )
+
+
 def limits(config: Config) -> Limits:
     """How much of the disk is the store's."""
     return Limits(
@@ -175,6 +223,8 @@ async def serve(config: Config) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(AgentServer(node.calls, hand_over=None).serve, listener)
                 nursery.start_soon(keep_in_order, node.store)
+                if node.peers is not None and config.peer_listen is not None:
+                    nursery.start_soon(node.peers.serve, await listen(config.peer_listen))
                 await nursery.start(Server(config.socket_path, services(node)).serve)
                 logger.info(
                     "serving on %s, root %s, driver %s, mode %s, version %s",

@@ -81,7 +81,8 @@ class PeerServer:
         self._manifests = manifests
         self._token = token
         self._tls = tls
-        self._served = served
+        self.served = served
+        """What it has sent so far."""
         self._settings = settings
         self._addresses: collections.Counter[str] = collections.Counter()
 
@@ -93,11 +94,11 @@ class PeerServer:
         """One connection to its end. Nothing that happens on it gets further than here."""
         address = _address(stream)
         self._addresses[address] += 1
-        self._served.connections += 1
+        self.served.connections += 1
         try:
             settings = self._settings
             full = (
-                self._served.connections > settings.connections
+                self.served.connections > settings.connections
                 or self._addresses[address] > settings.connections_of_one
             )
             if full:
@@ -111,7 +112,7 @@ class PeerServer:
         except Exception:
             logger.exception("fault of this program on a connection of the peer at %s", address)
         finally:
-            self._served.connections -= 1
+            self.served.connections -= 1
             self._addresses[address] -= 1
             if not self._addresses[address]:
                 del self._addresses[address]
@@ -127,7 +128,7 @@ class PeerServer:
             with trio.fail_after(_HANDSHAKE_SECONDS):
                 await secure.do_handshake()
         except (trio.BrokenResourceError, ssl.SSLError) as error:
-            self._served.strangers += 1
+            self.served.strangers += 1
             reason = error.__cause__ or error
             logger.info("turned a stranger at %s away from the peers: %s", address, reason)
             return
@@ -140,7 +141,7 @@ class PeerServer:
         try:
             while (request := await connection.receive()) is not None:
                 if not self._is_peer(request):
-                    self._served.strangers += 1
+                    self.served.strangers += 1
                     logger.info("turned a stranger at %s away from the peers", address)
                     await self._refuse(connection, _stranger(), close=True)
                     return
@@ -170,7 +171,7 @@ class PeerServer:
             await self._refuse(connection, error)
         except ModelError as error:
             if isinstance(error, Unauthenticated | AccessDenied):
-                self._served.refused += 1
+                self.served.refused += 1
             logger.debug("a peer asked for %s: %s", request.target, error.message)
             kind = "" if asked is None else asked.kind
             await self._refuse(connection, requests.refusal(error, kind))
