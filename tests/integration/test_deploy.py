@@ -168,6 +168,19 @@ def test_the_node_plugin_shows_its_mounts_to_the_node() -> None:
         assert volumes[mounts[path]["name"]]["hostPath"]["path"] == path
 
 
+def test_what_serves_lazy_volumes_outlives_the_plugins_container() -> None:
+    pod, container = pod_of("model-csi-node"), driver_container("model-csi-node")
+    flags = driver_flags("model-csi-node")
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    # neither the end of a PID namespace nor that of a cgroup ends them, and the next one sees them
+    assert pod["hostPID"] is True
+    assert Path(flags["worker-cgroup"]).parent == Path("/sys/fs/cgroup")
+    assert "readOnly" not in mounts["/sys/fs/cgroup"]
+    assert mounts[flags["root"]]["mountPropagation"] == "Bidirectional"
+    (csi_driver,) = of_kind("CSIDriver")
+    assert csi_driver["spec"]["requiresRepublish"] is True
+
+
 def test_the_node_plugin_is_on_every_node_and_stays() -> None:
     pod = pod_of("model-csi-node")
     assert pod["tolerations"] == [{"operator": "Exists"}]
