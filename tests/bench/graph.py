@@ -20,6 +20,7 @@ class Line:
     """Points of one line, x from 0 to 1, y as on the axis."""
 
     name: str
+    """As the legend calls it; empty: like the one before it."""
     points: Sequence[tuple[float, float]]
 
 
@@ -33,14 +34,26 @@ class Axis:
     limit: float
 
 
-def draw(lines: Sequence[Line], axis: Axis, below: str) -> str:
-    """The graph; ``below`` says what the x axis is."""
+_PERCENT: Final = tuple((percent / 100, f"{percent} %") for percent in range(0, 101, 20))
+
+
+def draw(
+    lines: Sequence[Line],
+    axis: Axis,
+    below: str,
+    ticks: Sequence[tuple[float, str]] = _PERCENT,
+) -> str:
+    """The graph; ``below`` says what the x axis is, ``ticks`` where it has which text."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
     style = 'font-family="sans-serif" font-size="12"'
-    body = [*_grid(axis), _text(_WIDTH / 2, _HEIGHT - 52, below, "middle")]
-    for number, line in enumerate(lines):
+    body = [*_grid(axis, ticks), _text(_WIDTH / 2, _HEIGHT - 52, below, "middle")]
+    number = -1
+    for line in lines:
+        number += bool(line.name)
         colour = _COLOURS[number % len(_COLOURS)]
-        body += [_path(line, axis, colour), *_legend(number, line.name, colour)]
+        body.append(_path(line, axis, colour))
+        if line.name:
+            body += _legend(number, line.name, colour)
     return "\n".join([f"{head} {style}>", *body, "</svg>", ""])
 
 
@@ -52,7 +65,7 @@ def _y(value: float, axis: Axis) -> float:
     return _HEIGHT - _BOTTOM - value / axis.top * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _grid(axis: Axis) -> Iterator[str]:
+def _grid(axis: Axis, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
     value = 0.0
     while value <= axis.top:
         y = _y(value, axis)
@@ -61,8 +74,8 @@ def _grid(axis: Axis) -> Iterator[str]:
         value += axis.step
     yield _rule(_y(axis.limit, axis), 'stroke-width="2" stroke-dasharray="6 4"')
     yield _text(_LEFT, _TOP - 8, axis.title, "start")
-    for percent in range(0, 101, 20):
-        yield _text(_x(percent / 100), _HEIGHT - _BOTTOM + 18, f"{percent} %", "middle")
+    for at, text in ticks:
+        yield _text(_x(at), _HEIGHT - _BOTTOM + 18, text, "middle")
 
 
 def _rule(y: float, look: str) -> str:

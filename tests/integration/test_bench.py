@@ -37,6 +37,16 @@ def test_pulls_are_compared() -> None:
     assert heads[1:4] == ["model-csi", "skopeo", "curl"]
 
 
+def test_nodes_race_and_are_drawn(tmp_path: Path) -> None:
+    drawn = tmp_path / "peers.svg"
+    output = _run(
+        "peers", *("--case", "2x2", "--only", "one node alone", "--graph", str(drawn), "--once")
+    )
+    [line] = [line for line in output.splitlines() if "2 MiB in 2 raw" in line]
+    assert line.split(" | ")[6] == "1.000"
+    assert len(re.findall("<polyline", drawn.read_text())) == 1
+
+
 def test_memory_is_watched_and_drawn(tmp_path: Path) -> None:
     drawn = tmp_path / "memory.svg"
     output = _run(

@@ -82,7 +82,7 @@ def test_nodes_without_peers_each_fetch_everything(registry: RegistryServer) -> 
     with cluster(registry) as made:
         nodes = made.add(2)
         made.start(nodes)
-        race = Race(nodes, made.reference(model))
+        race = Race(nodes, lambda node: node.publish(made.reference(model)))
         race.run()
         assert race.errors == {}
         assert [node.shows() for node in nodes] == [model.digests] * 2

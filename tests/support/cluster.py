@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
+from tests.support.commands import wait_until
 from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver
 from tests.support.networks import network
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ATTRIBUTES: Final = "model.csi.example.org/"
 PEER_PORT: Final = 8401
 PUBLISH_SECONDS: Final = 115.0
+_RACE_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,19 @@ class Node:
                     total += os.lstat(os.path.join(folder, name)).st_blocks * 512
         return total
 
+    def rot(self) -> None:
+        """Change a byte of every 64 KiB of all blobs that it has, as a broken disk would."""
+        for path in self.root.glob("blobs/*/*"):
+            if path.suffix or not path.is_file():
+                continue
+            path.chmod(0o600)
+            with path.open("r+b") as file:
+                for offset in range(0, path.stat().st_size, 64 * 1024):
+                    file.seek(offset)
+                    (byte,) = file.read(1)
+                    file.seek(offset)
+                    file.write(bytes([byte ^ 1]))
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -140,26 +155,26 @@ class Cluster:
     def reference(self, model: Model, tag: str = "v1") -> str:
         return f"{self.registry.address}/{model.repository}:{tag}"
 
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """What every driver here is started with."""
-        return "--plain-http", self.registry.address
-
-    def add(
-        self,
-        count: int,
-        *flags: str,
-        zone: str | None = None,
-        of: Callable[[Host], Sequence[str]] = lambda host: (),
-    ) -> list[Node]:
-        """Nodes that are not started yet; ``of`` says flags for each host by itself."""
+    def add(self, count: int, *flags: str, zone: str | None = None) -> list[Node]:
+        """Nodes that are not started yet."""
         added = []
         for _ in range(count):
             host = self.network.add(f"node-{len(self.nodes)}", zone)
-            node = Node(host, self.folder, *self.flags, *flags, *of(host))
-            self.nodes.append(node)
-            added.append(node)
+            added.append(Node(host, self.folder, "--plain-http", self.registry.address, *flags))
+            self.nodes.append(added[-1])
         return added
+
+    def befriend(self, nodes: Sequence[Node], members: Sequence[Node] | None = None) -> None:
+        """Let nodes that are not started yet be peers of ``members``: of each other."""
+        token = self.folder / "token"
+        token.write_text("of-this-cluster\n")
+        peers = [f"{one.name}={one.peer}" for one in members or nodes]
+        for node in nodes:
+            node.driver.flags += (
+                *("--peer-listen", node.peer, "--peer-token-file", str(token)),
+                *("--peer-name", node.name, "--peer-zone", node.host.zone),
+                *(flag for peer in peers for flag in ("--peers", peer)),
+            )
 
     def start(self, nodes: Sequence[Node]) -> None:
         """Start drivers side by side, and wait until all of them listen."""
@@ -203,18 +218,15 @@ class Sample:
 
 
 class Race:
-    """All of some nodes publish at the same moment; how long each takes, and how it goes."""
+    """All of some nodes do the same at one moment; how long each takes, and how it goes."""
 
-    def __init__(
-        self, nodes: Sequence[Node], reference: str, attributes: Mapping[str, str] = {}
-    ) -> None:
+    def __init__(self, nodes: Sequence[Node], work: Callable[[Node], None]) -> None:
         self.seconds: dict[str, float] = {}
         """Of every node that has finished."""
         self.errors: dict[str, BaseException] = {}
         self.samples: list[Sample] = []
         self._nodes = nodes
-        self._reference = reference
-        self._attributes = attributes
+        self._work = work
         self._began = 0.0
 
     def run(self, meanwhile: Callable[[Race], None] = lambda race: None) -> None:
@@ -222,17 +234,17 @@ class Race:
         barrier = threading.Barrier(len(self._nodes) + 1)
         over = threading.Event()
 
-        def publish(node: Node) -> None:
+        def take_part(node: Node) -> None:
             barrier.wait()
             try:
-                node.publish(self._reference, attributes=self._attributes)
+                self._work(node)
             except Exception as error:
                 self.errors[node.name] = error
             else:
                 self.seconds[node.name] = time.monotonic() - self._began
 
         with ThreadPoolExecutor(len(self._nodes) + 1) as threads:
-            runs = [threads.submit(publish, node) for node in self._nodes]
+            runs = [threads.submit(take_part, node) for node in self._nodes]
             self._began = time.monotonic()
             barrier.wait()
             watcher = threads.submit(self._watch, over)
@@ -244,13 +256,18 @@ class Race:
                 over.set()
                 watcher.result()
 
-    def stored(self) -> int:
-        """What all nodes together have by now."""
-        return sum(node.stored() for node in self._nodes)
+    def wait_for(self, stored: int) -> None:
+        """Until its nodes together have so many bytes."""
+        wait_until(
+            lambda: sum(node.stored() for node in self._nodes) >= stored, "progress", _RACE_SECONDS
+        )
 
-    @property
-    def slowest(self) -> float:
-        return max(self.seconds.values())
+    def wait_until_over(self, nodes: Sequence[Node]) -> None:
+        """Until these have finished or failed."""
+        names = {node.name for node in nodes}
+        wait_until(
+            lambda: names <= self.seconds.keys() | self.errors.keys(), "the end", _RACE_SECONDS
+        )
 
     def _watch(self, over: threading.Event) -> None:
         while not over.wait(0.25):
