@@ -20,6 +20,7 @@ from fetcher.modelpack import Selection
 from fetcher.oci import Reference
 from fetcher.patterns import Patterns
 from fetcher.policy import PullPolicy
+from fetcher.schedule import Prefetch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,14 +52,6 @@ class Mode(enum.Enum):
     EAGER = "eager"
     LAZY = "lazy"
     AUTO = "auto"
-
-
-class Prefetch(enum.Enum):
-    """What a lazy volume fetches besides what is read. Says nothing about an eager one."""
-
-    ALL = "all"
-    OPENED = "opened"
-    NONE = "none"
 
 
 Choice = TypeVar("Choice", bound=enum.Enum)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from csi.attributes import Prefetch, VolumeAttributes
+    from csi.attributes import VolumeAttributes
     from csi.placement import Placement
     from csi.served import Folders, MountedTree
     from csi.state import VolumeRecord, VolumeRecords
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fetcher.credentials import Keychain
     from fetcher.modelpack import Layer, Selection
     from fetcher.pull import Progress
+    from fetcher.schedule import Prefetch
     from fetcher.store import ModelTree
 
 logger = logging.getLogger(__name__)

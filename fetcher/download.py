@@ -1,13 +1,15 @@
-"""Fetching what a blob lacks: which range next, from where, and what to do when it fails.
+"""Fetching what is wanted of a blob: from where, and what to do when it fails.
 
-Ranges are fetched over several connections, each from the byte where it stopped, from whichever
-host :mod:`fetcher.sources` chooses. The first request of a blob to a host is alone until a range
-was answered: a server that ignores ranges sends the whole blob, once.
+Pieces are taken from the blob's schedule (:mod:`fetcher.schedule`) and fetched over several
+connections, each from the byte where it stopped, from whichever host :mod:`fetcher.sources`
+chooses. What is wanted by somebody who may see it before the whole was verified comes from the
+registry itself, or from whom else the settings trust. The first request of a blob to a host is
+alone until a range was answered: a server that ignores ranges sends the whole blob, once.
 """
 
 from __future__ import annotations
 
-import collections
+import enum
 import functools
 import logging
 import math
@@ -27,8 +29,11 @@ from fetcher.errors import (
     Unavailable,
 )
 from fetcher.probe import Probe
-from fetcher.ranges import Range, aligned
+from fetcher.ranges import Range
+from fetcher.schedule import Piece as ScheduledPiece
+from fetcher.schedule import Urgency
 from fetcher.sources import BlobSources, Choice
+from fetcher.transfers import MOST_URGENT
 from fetcher.transport import LEAST_SPEED, TransferSettings
 
 if TYPE_CHECKING:
@@ -39,13 +44,26 @@ if TYPE_CHECKING:
     from fetcher.modelpack import Layer
     from fetcher.oci import Reference
     from fetcher.registry import Registry
-    from fetcher.store.blobs import ChunkSink, PartialBlob
+    from fetcher.schedule import Demand, Schedule
+    from fetcher.store.blobs import PartialBlob
+    from fetcher.store.sinks import ChunkSink
     from fetcher.transfers import Slot, Transfers
 
 logger = logging.getLogger(__name__)
 
 _RANGE_CHUNKS: Final = 8
 """Chunks that one request asks for: enough to hide a round trip, few enough to deal out."""
+
+_PIECE_SECONDS: Final = 0.4
+"""How long a request may take, at the pace of those before it, where others may come in between."""
+
+
+class LazySources(enum.Enum):
+    """Whose bytes may be shown before the whole blob is verified; each includes those before it."""
+
+    REGISTRY = "registry"
+    MIRRORS = "mirrors"
+    PEERS = "peers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +77,9 @@ class DownloadSettings:
     first_backoff: float = 0.5
     longest_backoff: float = 20.0
     longest_retry_after: float = 120.0
+    lazy_sources: LazySources = LazySources.REGISTRY
+    prefetch_rate: float | None = None
+    """Bytes per second of all transfers together that nobody waits for; None: no limit."""
     transfer: TransferSettings = field(default_factory=TransferSettings)
 
 
@@ -74,13 +95,21 @@ class Wanted(Protocol):
     """What is fetched, and from where; :class:`fetcher.jobs.Job` is one."""
 
     layer: Layer
+    schedule: Schedule
 
     @property
     def source(self) -> Source:
         """Changes while the blob is fetched: who asks later may have newer credentials."""
 
+    @property
+    def trusted_source(self) -> Source | None:
+        """The source whose own bytes may be shown before the whole is verified, if one may."""
+
     def give_up(self, source: Source) -> bool:
         """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
+
+    def failed(self, piece: ScheduledPiece, error: ModelError) -> bool:
+        """A piece cannot be had: whether that is for those who want it alone to know."""
 
 
 class Download:
@@ -90,6 +119,7 @@ class Download:
         self, wanted: Wanted, registry: Registry, transfers: Transfers, settings: DownloadSettings
     ) -> None:
         self._wanted = wanted
+        self._schedule = wanted.schedule
         self._blob = wanted.layer.descriptor
         self._registry = registry
         self._transfers = transfers
@@ -104,18 +134,44 @@ class Download:
         self._server = ""
         """The host that stands for the registry, once it was looked up."""
         self._failure: ModelError | None = None
+        self._changed = trio.Event()
+        """Of what is wanted, or of what is being fetched."""
+        self._whole_trusted = False
+        """What is missing has to come whole from a trusted source, as that one ignores ranges."""
+        self._pace: float | None = None
+        """Bytes per second of one request, lately."""
 
     async def fetch(self, partial: PartialBlob) -> None:
-        """Fetch what is missing. Raises the :class:`ModelError` that ended it early."""
+        """Fetch what is wanted, and wait for more to be wanted, until cancelled.
+
+        Raises the :class:`ModelError` that ended it early.
+        """
         self._failure = None
         whole = _Tries()
-        while partial.missing():
+        while True:
+            while not self._schedule.has_work(partial):
+                await self._change()
             turn = await self._turn(partial, whole)
+            self._whole_trusted = False
             if turn.whole:
                 await self._fetch_whole(partial, turn, whole)
             else:
                 await self._fetch_ranges(partial)
             self._check_failure()
+
+    def wake(self) -> None:
+        """Something else is wanted, or is wanted more."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def hurry(self, demands: Iterable[Demand]) -> None:
+        """What is under way has become more urgent."""
+        for demand in demands:
+            self._transfers.hurry(demand)
+
+    async def _change(self) -> None:
+        # the event of now: who sets it puts a new one in its place
+        await self._changed.wait()
 
     def _check_failure(self) -> None:
         if self._failure is not None:
@@ -147,48 +203,60 @@ class Download:
         return moved
 
     async def _fetch_ranges(self, partial: PartialBlob) -> None:
-        """Fetch what is missing in ranges, several at a time."""
+        """Fetch what is wanted in ranges, several at a time, until ranges are of no use."""
         self._void = False
-        pieces = collections.deque(
-            piece
-            for missing in partial.missing()
-            for piece in aligned(missing, _RANGE_CHUNKS * partial.chunk_size)
-        )
         async with trio.open_nursery() as nursery:
-            for _ in range(min(len(pieces), self._settings.connections)):
-                nursery.start_soon(self._fetch_pieces, partial, pieces, nursery.cancel_scope)
+            while True:
+                piece = self._schedule.next(partial, self._most(partial), self._may_start)
+                if piece is None:
+                    await self._change()
+                else:
+                    nursery.start_soon(self._fetch_piece, partial, piece, nursery.cancel_scope)
 
-    async def _fetch_pieces(
-        self, partial: PartialBlob, pieces: collections.deque[Range], all_pieces: trio.CancelScope
+    def _may_start(self, urgency: Urgency) -> bool:
+        under_way = self._schedule.under_way(urgency)
+        if urgency is Urgency.URGENT:
+            return under_way < MOST_URGENT
+        # the first request is to be for the first piece, and alone
+        return under_way < (self._settings.connections if self._ranging else 1)
+
+    def _most(self, partial: PartialBlob) -> int:
+        """Chunks of the next piece: few enough for others to have their turn soon."""
+        if not self._schedule.is_watched:
+            return _RANGE_CHUNKS
+        if self._pace is None:
+            return 1
+        return max(1, min(int(self._pace * _PIECE_SECONDS / partial.chunk_size), _RANGE_CHUNKS))
+
+    async def _fetch_piece(
+        self, partial: PartialBlob, piece: ScheduledPiece, all_pieces: trio.CancelScope
     ) -> None:
+        """Fetch a piece, again and again from where it stopped, from whoever has it."""
+        tries = _Tries()
+        sink = partial.sink(piece.wanted)
+        started = trio.current_time()
         try:
-            while pieces:
-                tries = _Tries()
-                try:
-                    await self._fetch_next(partial, pieces, tries)
-                finally:
-                    self._end_probe(tries)
+            while sink.remaining:
+                turn = await self._turn(partial, tries, piece)
+                if turn.whole or self._void:
+                    self._whole_trusted = turn.whole and turn.trusted
+                    raise _Replan
+                await self._try(sink, turn, tries, functools.partial(_moved, sink, sink.remaining))
+            self._measure(len(piece.wanted), trio.current_time() - started)
         except _Replan:
             all_pieces.cancel()
         except ModelError as error:
-            self._failure = self._failure or error
-            all_pieces.cancel()
+            if not self._wanted.failed(piece, error):
+                self._failure = self._failure or error
+                all_pieces.cancel()
+        finally:
+            self._end_probe(tries)
+            self._schedule.release(piece)
+            self.wake()
 
-    async def _fetch_next(
-        self, partial: PartialBlob, pieces: collections.deque[Range], tries: _Tries
-    ) -> None:
-        """Fetch the next piece, again and again from where it stopped, from whoever has it."""
-        sink: ChunkSink | None = None
-        while sink is None or sink.remaining:
-            turn = await self._turn(partial, tries)
-            if turn.whole or self._void:
-                raise _Replan
-            if sink is None:
-                if not pieces:
-                    return
-                # taken now, not before: the first request is to be for the first piece
-                sink = partial.sink(pieces.popleft())
-            await self._try(sink, turn, tries, functools.partial(_moved, sink, sink.remaining))
+    def _measure(self, count: int, seconds: float) -> None:
+        pace = count / max(seconds, 1e-3)
+        self._pace = pace if self._pace is None else 0.7 * self._pace + 0.3 * pace
 
     async def _fetch_whole(self, partial: PartialBlob, turn: _Turn, tries: _Tries) -> None:
         """Take what is missing in one answer, from a server that did not know ranges.
@@ -209,23 +277,35 @@ class Download:
 
         progress()
         try:
-            await self._try(partial.rest(), turn, tries, progress)
+            missing = partial.first_missing(0) < partial.count
+            sink = partial.rest() if missing else partial.sink(Range(0, partial.size))
+            await self._try(sink, turn, tries, progress)
+            self.wake()
         except ModelError as error:
             self._failure = error
 
-    async def _turn(self, partial: PartialBlob, tries: _Tries) -> _Turn:
-        """Whom to ask next; while somebody else asks for a first range, only who has given one."""
+    async def _turn(
+        self, partial: PartialBlob, tries: _Tries, piece: ScheduledPiece | None = None
+    ) -> _Turn:
+        """Whom to ask next for ``piece``, or for all that is missing.
+
+        While somebody else asks for a first range, only who has given one.
+        """
+        trusted = self._whole_trusted if piece is None else piece.trusted
         while True:
-            source = self._wanted.source
+            source = self._source(trusted=trusted)
             if source.reference.name != tries.name:
                 tries.name, tries.failures, tries.renew = source.reference.name, 0, None
             try:
                 hosts = await self._registry.hosts(source.reference)
             except ModelError:
-                if not self._move_on(source):
+                if trusted or not self._move_on(source):
                     raise
                 continue
-            by_base = {one.base: one for one in (*hosts.able("pull"), hosts.server)}
+            mirrors = hosts.able("pull")
+            if trusted and self._settings.lazy_sources is LazySources.REGISTRY:
+                mirrors = ()
+            by_base = {one.base: one for one in (*mirrors, hosts.server)}
             self._server = hosts.server.base
             begun = partial.done / max(self._blob.size, 1)
             choice = self._choose(by_base, begun)
@@ -239,7 +319,19 @@ class Download:
                     await probe.wait()
                     continue
             # no checkpoint from here to where a probe begins: one is enough
-            return _Turn(by_base[choice.host], source, whole=choice.whole)
+            demand = None if piece is None else piece.demand
+            return _Turn(by_base[choice.host], source, choice.whole, trusted, demand)
+
+    def _source(self, *, trusted: bool) -> Source:
+        source = self._wanted.trusted_source if trusted else None
+        return source or self._wanted.source
+
+    def _is_trusted(self, turn: _Turn) -> bool:
+        """Whether what comes may be shown before the whole blob is verified."""
+        by = self._wanted.trusted_source
+        right_name = by is not None and by.reference.name == turn.source.reference.name
+        mirrors = self._settings.lazy_sources is not LazySources.REGISTRY
+        return right_name and (mirrors or not turn.host.mirror)
 
     def _choose(self, bases: Iterable[str], begun: float) -> Choice:
         mirrors = [base for base in bases if base != self._server]
@@ -293,6 +385,7 @@ class Download:
 
     async def _ask(self, sink: ChunkSink, turn: _Turn, tries: _Tries, *, renew: bool) -> None:
         source, blob, host, before = turn.source, self._blob, turn.host, sink.remaining
+        sink.trusted = self._is_trusted(turn)
         probe = self._probe_for(sink, turn, tries)
         try:
             access = await self._registry.blob_access(
@@ -312,7 +405,7 @@ class Download:
                 await slot.fetch(fresh, piece, probe or sink)
 
             group = f"{source.reference.registry} {host.base}"
-            stopped = await self._transfers.run(group, transfer)
+            stopped = await self._transfers.run(group, transfer, turn.demand)
             if stopped is None:
                 tries.silent = 0.0
             else:
@@ -355,6 +448,7 @@ class Download:
     def _answered(self, host: str, tries: _Tries) -> None:
         """A range has arrived: more of them may be asked for at the same time."""
         self._ranging.add(host)
+        self.wake()
         self._registry.health.answered_range(host)
         self._end_probe(tries)
 
@@ -372,7 +466,7 @@ class Download:
         settings = self._settings
         tries.failures = 1 if progress else tries.failures + 1
         if not isinstance(error, Unavailable) or tries.failures >= settings.attempts:
-            if self._move_on(turn.source):
+            if not turn.trusted and self._move_on(turn.source):
                 tries.failures = 0
                 return
             raise error
@@ -395,6 +489,9 @@ class _Turn:
     host: Host
     source: Source
     whole: bool = False
+    trusted: bool = False
+    """Nobody else will do."""
+    demand: Demand | None = None
 
 
 @dataclass(slots=True)

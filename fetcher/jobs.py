@@ -1,8 +1,13 @@
 """One download per blob of a node, whoever wants it.
 
-A job belongs to the nursery of :class:`Jobs`; callers only wait for it. It has the blob's missing
-ranges fetched (:mod:`fetcher.download`) while a thread hashes what has arrived, and makes the blob
-complete once the digest is right. Its last waiter gone, it stops and keeps what it has.
+A job belongs to the nursery of :class:`Jobs`; callers only wait for it. It has what is wanted of
+the blob fetched (:mod:`fetcher.schedule`, :mod:`fetcher.download`) while a thread hashes what has
+arrived, and makes the blob complete once the digest is right. Its last waiter gone, it stops and
+keeps what it has.
+
+Callers want all of the blob, or some bytes of it that they may read before the rest is there:
+:meth:`Job.want`. Whether these may be shown to anybody is another question, as nobody knows yet
+whether they are right: :meth:`Job.shown` says by whose word they are.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -17,15 +23,18 @@ import trio
 from fetcher.download import Download, DownloadSettings, Source
 from fetcher.errors import DigestMismatch, InProgress, ModelError
 from fetcher.ranges import Range
+from fetcher.schedule import Schedule, Urgency, Want
+from fetcher.store.chunks import Verdict
 from fetcher.threads import run_stoppable
 from fetcher.transfers import Transfers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from fetcher.modelpack import Layer
     from fetcher.oci import Digest
     from fetcher.registry import Registry
+    from fetcher.schedule import Piece
     from fetcher.store.blobs import PartialBlob
     from fetcher.store.store import Store
 
@@ -34,12 +43,25 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT_SECONDS: Final = 5.0
 """How much of a download, at most, a power loss takes back."""
 
+_IDLE_SECONDS: Final = 1.0
+"""How long a thread waits for the next bytes to hash, before it is left to others."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """Somebody who waits for some bytes."""
+
+    want: Want
+    ended: trio.Event = field(default_factory=trio.Event)
+    failure: ModelError | None = None
+
 
 class Job:
     """One blob on its way. Made by :meth:`Jobs.join`."""
 
     def __init__(self, layer: Layer, source: Source, previous: Job | None) -> None:
         self.layer = layer
+        self.schedule = Schedule()
         self._sources = {source.reference.name: source}
         """Of everybody who asked, by the model's name; those that failed come to the end."""
         self.fresh = False
@@ -54,6 +76,18 @@ class Job:
         self.complete = False
         self.failure: Exception | None = None
         self.partial: PartialBlob | None = None
+        self._download: Download | None = None
+        self._waiting: list[_Waiter] = []
+        self._change = trio.Event()
+        """Of the bytes that are there."""
+        self._listening = False
+        """Whether anybody wants to know of it."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._trusted_name = source.reference.name
+        self._readers = 0
+        """Who may show trusted bytes."""
+        self._indexing = trio.Lock()
+        self._indexed = False
 
     @property
     def done(self) -> int:
@@ -67,6 +101,11 @@ class Job:
         """Where it is fetched from at present."""
         usable = (one for name, one in self._sources.items() if name not in self._failed)
         return next(usable, next(iter(self._sources.values())))
+
+    @property
+    def trusted_source(self) -> Source | None:
+        """The source by whose name trusted bytes come; None while it is not offered."""
+        return self._sources.get(self._trusted_name)
 
     @property
     def only_name(self) -> str | None:
@@ -91,6 +130,18 @@ class Job:
             self._sources[name] = self._sources.pop(name)
         return self.source.reference.name not in self._failed
 
+    def failed(self, piece: Piece, error: ModelError) -> bool:
+        """A piece cannot be had: whether that is for those who want it alone to know."""
+        if piece.demand.urgency > Urgency.AHEAD:
+            return False
+        for waiter in list(self._waiting):
+            wanted = waiter.want.wanted
+            if wanted.start < piece.wanted.stop and piece.wanted.start < wanted.stop:
+                self._end(waiter, error)
+        return True
+
+    # -- what is wanted ----------------------------------------------------------------------------
+
     async def wait(self) -> None:
         """Wait until the blob is complete. Raises what the job failed with."""
         await self.finished.wait()
@@ -100,6 +151,178 @@ class Job:
         if not self.complete:
             digest = self.layer.descriptor.digest
             raise InProgress(f"the download of blob {digest} was stopped: ask again")
+
+    async def want(self, wanted: Range, *, ahead: bool = False, trusted: bool = False) -> None:
+        """Wait until all chunks that ``wanted`` touches are there, or the blob is complete.
+
+        They come before everything that nobody waits for; ``ahead`` of time only behind what
+        somebody waits for. What is to be ``trusted`` comes from a trusted source, again if
+        necessary. Raises the :class:`ModelError` that keeps them from coming.
+        """
+        urgency = Urgency.AHEAD if ahead else Urgency.URGENT
+        waiter = _Waiter(Want(wanted, urgency, trusted=trusted))
+        # before looking: of what comes from now on it is told
+        self._waiting.append(waiter)
+        try:
+            if self.finished.is_set() or self._is_met(waiter.want):
+                await trio.lowlevel.checkpoint()
+            else:
+                with self._scheduled(waiter.want):
+                    await waiter.ended.wait()
+        finally:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+        if self.finished.is_set():
+            await self.wait()
+        elif waiter.failure is not None:
+            raise copy.copy(waiter.failure) from waiter.failure
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Want all of it inside the block, as somebody waits for that."""
+        with self._scheduled(Want(self._everything, Urgency.WHOLE)):
+            yield
+
+    @contextlib.contextmanager
+    def filling(self, order: int = 0) -> Iterator[None]:
+        """Want all of it inside the block, though nobody waits; the lower ``order`` first."""
+        with self._scheduled(Want(self._everything, Urgency.BACKGROUND, order)):
+            yield
+
+    @contextlib.contextmanager
+    def opened(self, wanted: Range) -> Iterator[None]:
+        """Want a file of it whole inside the block, ahead of what nobody waits for."""
+        with self._scheduled(Want(wanted, Urgency.WHOLE, 1)):
+            yield
+
+    @contextlib.contextmanager
+    def _scheduled(self, want: Want) -> Iterator[None]:
+        hurried = self.schedule.add(want)
+        if self._download is not None:
+            self._download.hurry(hurried)
+            self._download.wake()
+        try:
+            yield
+        finally:
+            self.schedule.remove(want)
+
+    @property
+    def _everything(self) -> Range:
+        return Range(0, self.layer.descriptor.size)
+
+    # -- what may be shown -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Show trusted bytes inside the block: those that came by ``name``.
+
+        Raises :class:`InProgress` where they are shown by another name: what one registry sends
+        must not be shown to who named another, before the digest has said that it is right.
+        """
+        if self._readers and self._trusted_name != name:
+            raise InProgress(
+                f"the blob {self.layer.descriptor.digest} is read as a part of "
+                f"{self._trusted_name} while it is fetched: it is shown as a part of {name} once "
+                "it is complete"
+            )
+        self._trusted_name = name
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether somebody may have shown bytes of it."""
+        return self._readers > 0
+
+    @property
+    def trusted_name(self) -> str:
+        """The name by which bytes are trusted."""
+        return self._trusted_name
+
+    async def index(self) -> None:
+        """Wait until readers can know what is in a tar layer, from its headers alone.
+
+        Raises :class:`ModelError`.
+        """
+        async with self._indexing:
+            while not self.complete and not self._indexed:
+                await self._index_further()
+
+    async def _index_further(self) -> None:
+        """Have the next headers fetched, or write down what all of them say."""
+        if self.finished.is_set():
+            await self.wait()
+        partial = self.partial
+        if partial is None:
+            # whatever is at its begin: it is open once that is there
+            await self.want(Range(0, 1), trusted=True)
+            return
+        at = partial.awaited()
+        if at is not None:
+            await self.want(Range(at, at + 1), trusted=True)
+            if self.partial is partial and partial.awaited() == at:
+                await run_stoppable(partial.read_headers)
+            return
+        untrusted = partial.untrusted_headers()
+        for chunk in untrusted:
+            await self.want(chunk, trusted=True)
+        if not untrusted and self.partial is partial:
+            await run_stoppable(partial.write_index)
+            self._indexed = True
+
+    # -- what comes --------------------------------------------------------------------------------
+
+    def begin(self, partial: PartialBlob, download: Download) -> None:
+        """The blob is open, and fetched from now on."""
+        self.partial, self._download = partial, download
+        self.schedule.look_again()
+        self._look()
+
+    def arrived(self, _: int) -> None:
+        """Bytes came, in whichever thread."""
+        if self._waiting or self._listening:
+            self._token.run_sync_soon(self._look, idempotent=True)
+
+    def _look(self) -> None:
+        """See who has what he waits for."""
+        if self._listening:
+            self._listening = False
+            self._change.set()
+        for waiter in list(self._waiting):
+            if self._is_met(waiter.want):
+                self._end(waiter, None)
+
+    async def change(self) -> None:
+        """Wait until some more bytes have come, or the job has ended; or for nothing.
+
+        Whoever looks, and waits for what is not there yet, looks again after it.
+        """
+        if self._listening:
+            await self._change.wait()
+        else:
+            # what came between the caller's look and now was not told to anybody
+            self._listening, self._change = True, trio.Event()
+            await trio.lowlevel.checkpoint()
+
+    def _is_met(self, want: Want) -> bool:
+        partial = self.partial
+        return self.complete or (partial is not None and self.schedule.is_met(want, partial))
+
+    def _end(self, waiter: _Waiter, failure: ModelError | None) -> None:
+        waiter.failure = failure
+        self._waiting.remove(waiter)
+        waiter.ended.set()
+
+    def end(self) -> None:
+        """The job has ended, one way or the other."""
+        self.finished.set()
+        self._listening = False
+        self._change.set()
+        for waiter in list(self._waiting):
+            self._end(waiter, None)
 
 
 class Jobs:
@@ -113,13 +336,16 @@ class Jobs:
         self._registry = registry
         self._nursery = nursery
         self._settings = settings
-        self._transfers = Transfers(settings.connections, settings.transfer)
+        self._transfers = Transfers(settings.connections, settings.transfer, settings.prefetch_rate)
         self._jobs: dict[Digest, Job] = {}
 
     @contextlib.contextmanager
-    def join(self, layer: Layer, source: Source) -> Iterator[Job]:
+    def join(self, layer: Layer, source: Source, *, background: bool = True) -> Iterator[Job]:
         """The job that fetches a layer's blob, started if there is none; wait for it inside the
         block.
+
+        All of it is fetched, or, where nobody wants it in the ``background``, only what is wanted
+        by :meth:`Job.want` and the like. The caller has reserved room for it.
         """
         digest = layer.descriptor.digest
         job = self._jobs.get(digest)
@@ -130,11 +356,17 @@ class Jobs:
         job.offer(source)
         job.waiters += 1
         try:
-            yield job
+            with job.whole() if background else contextlib.nullcontext():
+                yield job
         finally:
             job.waiters -= 1
             if job.waiters == 0:
                 job.scope.cancel()
+
+    def running(self, digest: Digest) -> Job | None:
+        """The job that fetches a blob at the moment, if there is one."""
+        job = self._jobs.get(digest)
+        return None if job is None or job.scope.cancel_called else job
 
     async def _run(self, job: Job) -> None:
         """Run one job to its end; its failures belong to its waiters, never to the nursery."""
@@ -152,7 +384,7 @@ class Jobs:
         finally:
             if self._jobs.get(digest) is job:
                 del self._jobs[digest]
-            job.finished.set()
+            job.end()
 
     async def _complete(self, job: Job) -> None:
         """Fetch, verify, synchronise, record."""
@@ -161,23 +393,27 @@ class Jobs:
         download = Download(job, self._registry, self._transfers, self._settings)
         while not store.has_bytes(layer):
             # in a thread: it reads the headers of what there is of a tar
-            partial = await run_stoppable(lambda _: store.open_partial(layer))
+            partial = await run_stoppable(lambda _: store.open_partial(layer, job.trusted_name))
             size = layer.descriptor.size
             # a begun chunk counts too; of an empty blob nothing can be there
             resumed = size > 0 and partial.missing() != [Range(0, size)]
             job.fresh = not resumed
-            job.partial = partial
             try:
-                right = await self._fetch_and_verify(download, partial)
+                with partial.watch(job.arrived):
+                    job.begin(partial, download)
+                    right = await self._fetch_and_verify(job, download, partial)
                 if right:
                     await run_stoppable(partial.finish)
+                    partial.conclude(Verdict.VERIFIED)
                     store.complete_blob(layer)
                     break
+                if job.is_shown:
+                    partial.conclude(Verdict.SPOILED)
             finally:
                 partial.close()
             store.discard_blob(digest)
             # what was there before may have been wrong, and another source may be right
-            if not download.distrust() and not resumed:
+            if job.is_shown or not (download.distrust() or resumed):
                 registry = job.source.reference.registry
                 raise DigestMismatch(
                     f"what {registry} sent for blob {digest} has another digest: the bytes were "
@@ -189,38 +425,34 @@ class Jobs:
             logger.warning("blob %s: the bytes were wrong and were dropped, fetching anew", digest)
         job.complete = True
 
-    async def _fetch_and_verify(self, download: Download, partial: PartialBlob) -> bool:
+    async def _fetch_and_verify(self, job: Job, download: Download, partial: PartialBlob) -> bool:
         """Whether the bytes, once all are there, are what the digest says."""
         failures: list[ModelError] = []
         right = False
 
-        async def fetch(scope: trio.CancelScope) -> None:
-            try:
-                await download.fetch(partial)
-            except ModelError as error:
-                failures.append(error)
-                scope.cancel()
+        async def fetch() -> None:
+            await download.fetch(partial)
 
-        async def verify(scope: trio.CancelScope) -> None:
+        async def verify() -> None:
             nonlocal right
-            try:
-                right = await run_stoppable(partial.verify)
-            except ModelError as error:
-                failures.append(error)
-            scope.cancel()
+            right = await _verified(job, partial)
+            nursery.cancel_scope.cancel()
 
-        async def checkpoint(scope: trio.CancelScope) -> None:
+        async def checkpoint() -> None:
+            while True:
+                await trio.sleep(_CHECKPOINT_SECONDS)
+                await run_stoppable(partial.checkpoint)
+
+        async def run(task: Callable[[], Awaitable[None]]) -> None:
             try:
-                while True:
-                    await trio.sleep(_CHECKPOINT_SECONDS)
-                    await run_stoppable(partial.checkpoint)
+                await task()
             except ModelError as error:
                 failures.append(error)
-                scope.cancel()
+                nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
             for task in (fetch, verify, checkpoint):
-                nursery.start_soon(task, nursery.cancel_scope)
+                nursery.start_soon(run, task)
         if failures and not right:
             raise failures[0]
         return right
@@ -228,3 +460,13 @@ class Jobs:
     def close(self) -> None:
         """Close idle connections, once no job runs any more."""
         self._transfers.close()
+
+
+async def _verified(job: Job, partial: PartialBlob) -> bool:
+    """Hash what comes, in order, in a thread only while something comes."""
+    while True:
+        right = await run_stoppable(lambda stop: partial.verify(stop, _IDLE_SECONDS))
+        if right is not None:
+            return right
+        while not partial.has(partial.hashing):
+            await job.change()

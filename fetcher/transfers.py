@@ -3,6 +3,9 @@
 A slot is held for one request, and given to whom has fewest of them. A request that takes long is
 stopped only while somebody waits who has less than his share, and asked again later from the byte
 where it stopped. What would then start at its first byte goes on beside the slots instead.
+
+Requests for bytes that somebody waits for, or will in a moment, do not queue behind those that are
+less urgent, which give way to them meanwhile (:mod:`fetcher.pacing`).
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fetcher.pacing import PacedSink, Pacing
+from fetcher.schedule import Demand, Urgency
 from fetcher.threads import run_stoppable
 from fetcher.transport import Connection, TransferSettings
+from fetcher.trust import Contexts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,6 +36,9 @@ _SLICE_SECONDS: Final = 5.0
 _MOST_BESIDE: Final = 32
 """Requests that go on beside the slots; each has buffers of half a megabyte."""
 
+MOST_URGENT: Final = 16
+"""Requests that somebody waits for, at one time; the next ones queue."""
+
 _CLOSE_SECONDS: Final = 2.0
 
 
@@ -38,8 +47,10 @@ class Slot:
     """The right to one request, for whoever belongs to ``group``."""
 
     group: str
+    demand: Demand
     since: float
     connection: Connection
+    pacing: Pacing
     queued: bool = False
     """Whether it had to be waited for."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -50,7 +61,12 @@ class Slot:
 
     async def fetch(self, access: BlobAccess, piece: Piece, sink: Sink) -> None:
         """See :meth:`fetcher.transport.Connection.fetch`."""
-        await run_stoppable(lambda stop: self.connection.fetch(access, piece, sink, stop))
+
+        def work(stop: threading.Event) -> None:
+            paced = PacedSink(sink, self.demand, self.pacing, stop)
+            self.connection.fetch(access, piece, paced, stop)
+
+        await run_stoppable(work)
 
     @property
     def is_leaving(self) -> bool:
@@ -61,6 +77,8 @@ class Slot:
 @dataclass(eq=False, slots=True)
 class _Waiter:
     group: str
+    demand: Demand
+    waited: bool = False
     granted: trio.Event = field(default_factory=trio.Event)
     slot: Slot | None = None
     promised: Slot | None = None
@@ -70,20 +88,30 @@ class _Waiter:
 class Transfers:
     """The node's connections, of which so many are used at one time. Of the trio thread."""
 
-    def __init__(self, connections: int, settings: TransferSettings) -> None:
+    def __init__(
+        self, connections: int, settings: TransferSettings, prefetch_rate: float | None = None
+    ) -> None:
+        """``prefetch_rate`` limits what nobody waits for, in bytes per second."""
         self._connections = connections
         self._settings = settings
+        self._contexts = Contexts()
+        self._pacing = Pacing(prefetch_rate)
         self._slots: set[Slot] = set()
         self._queue: list[_Waiter] = []
         self._idle: list[Connection] = []
 
-    async def run(self, group: str, work: Callable[[Slot], Awaitable[None]]) -> float | None:
+    async def run(
+        self,
+        group: str,
+        work: Callable[[Slot], Awaitable[None]],
+        demand: Demand | None = None,
+    ) -> float | None:
         """Do ``work`` with a slot, once there is one for ``group``.
 
         Returns after how many seconds it was stopped to make room for others; None where it came
-        to its own end.
+        to its own end. Whoever changes ``demand`` meanwhile calls :meth:`hurry`.
         """
-        slot = await self._take(group)
+        slot = await self._take(group, demand or Demand())
         try:
             with slot.scope:
                 await work(slot)
@@ -91,13 +119,19 @@ class Transfers:
             self._release(slot)
         return trio.current_time() - slot.since if slot.scope.cancelled_caught else None
 
-    async def _take(self, group: str) -> Slot:
-        if not self._queue and self._is_free():
-            return self._give(group)
-        waiter = _Waiter(group)
+    def hurry(self, demand: Demand) -> None:
+        """A demand has become more urgent."""
+        if any(slot.demand is demand for slot in self._slots):
+            self._pacing.begin(demand)
+        self._deal()
+
+    async def _take(self, group: str, demand: Demand) -> Slot:
+        waiter = _Waiter(group, demand)
         self._queue.append(waiter)
+        self._deal()
         try:
             while waiter.slot is None:
+                waiter.waited = True
                 with trio.move_on_after(self._make_room(waiter)):
                     await waiter.granted.wait()
         except trio.Cancelled:
@@ -109,27 +143,46 @@ class Transfers:
                 self._queue.remove(waiter)
         return waiter.slot
 
-    def _give(self, group: str, *, queued: bool = False) -> Slot:
-        connection = self._idle.pop() if self._idle else Connection(self._settings)
-        slot = Slot(group, trio.current_time(), connection, queued)
+    def _give(self, waiter: _Waiter, *, queued: bool) -> Slot:
+        connection = self._idle.pop() if self._idle else Connection(self._settings, self._contexts)
+        now = trio.current_time()
+        slot = Slot(waiter.group, waiter.demand, now, connection, self._pacing, queued)
         self._slots.add(slot)
+        self._pacing.begin(slot.demand)
         return slot
 
     def _release(self, slot: Slot) -> None:
         self._slots.remove(slot)
+        self._pacing.end(slot.demand)
         self._idle.append(slot.connection)
         self._deal()
 
-    def _is_free(self) -> bool:
-        return sum(not slot.beside for slot in self._slots) < self._connections
+    def _against(self, urgency: Urgency) -> list[Slot]:
+        """The slots that a request of this urgency has to share the connections with."""
+        slots = [slot for slot in self._slots if not slot.beside]
+        if urgency is Urgency.URGENT:
+            return [slot for slot in slots if slot.demand.urgency is urgency]
+        return [slot for slot in slots if Urgency.URGENT < slot.demand.urgency <= urgency]
+
+    def _is_free(self, urgency: Urgency) -> bool:
+        most = MOST_URGENT if urgency is Urgency.URGENT else self._connections
+        return len(self._against(urgency)) < most
 
     def _deal(self) -> None:
-        """Give free slots to those groups that have fewest, to each in the order of coming."""
-        while self._queue and self._is_free():
+        """Give free slots to the most urgent; of the others to those groups that have fewest, to
+        each in the order of urgency and of coming.
+        """
+        while waiting := [one for one in self._queue if self._is_free(one.demand.urgency)]:
             held = collections.Counter(slot.group for slot in self._slots if not slot.beside)
-            waiter = min(self._queue, key=lambda one: held[one.group])
+
+            def turn(one: _Waiter, held: collections.Counter[str] = held) -> tuple[int, ...]:
+                demand = one.demand
+                hurry = min(demand.urgency, Urgency.WHOLE)
+                return hurry, held[one.group], demand.urgency, demand.order
+
+            waiter = min(waiting, key=turn)
             self._queue.remove(waiter)
-            waiter.slot = self._give(waiter.group, queued=True)
+            waiter.slot = self._give(waiter, queued=waiter.waited)
             waiter.granted.set()
 
     def _make_room(self, waiter: _Waiter) -> float:
@@ -141,8 +194,8 @@ class Transfers:
         mine = shares[waiter.group]
         candidates = [
             slot
-            for slot in self._slots
-            if not (slot.beside or slot.is_leaving or slot.group == waiter.group)
+            for slot in self._against(waiter.demand.urgency)
+            if not (slot.is_leaving or slot.group == waiter.group)
             # one slot for everybody in turn; more only where that makes shares more equal
             and (mine == 0 or shares[slot.group] > mine + 1)
         ]

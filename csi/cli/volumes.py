@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from csi.agent_calls import require_root
-from csi.attributes import Mode, Prefetch
+from csi.attributes import Mode
 from csi.cli import output
 from csi.cli.calling import client, has_store, work
 from csi.cli.options import (
@@ -24,6 +24,7 @@ from csi.cli.options import (
 from fetcher import agent_protocol as protocol
 from fetcher.errors import InvalidRequest
 from fetcher.oci import Reference
+from fetcher.schedule import Prefetch
 
 if TYPE_CHECKING:
     from csi.config import Config

@@ -7,15 +7,19 @@ blob into a complete one, and only after its data was synchronised to the disk.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from typing import TYPE_CHECKING, Final
 
 from fetcher.ranges import Range, join_chunks
-from fetcher.store.chunks import ChunkMap
+from fetcher.store.chunks import ChunkMap, Verdict
 from fetcher.store.disk import WritesLost, disk_error
+from fetcher.store.sinks import ChunkSink
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from fetcher.errors import ModelError
@@ -34,7 +38,7 @@ class PartialBlob:
 
     Any number of threads may write different ranges of it, one may verify it and one make
     checkpoints at the same time; who starts them sees to it that no two write the same range, and
-    that all have ended before :meth:`close`.
+    that all have ended before :meth:`close`. Any thread may read what is there, at any time.
     """
 
     def __init__(
@@ -45,6 +49,17 @@ class PartialBlob:
         self.size = size
         self._place = place
         self._arrival = threading.Condition()
+        """Of chunks that come or go, and of readers."""
+        self._moves = threading.Lock()
+        """Held while a chunk leaves the frame, or proves to be wrong."""
+        self._watchers: tuple[Callable[[int], None], ...] = ()
+        self._readers = 0
+        self._closed = False
+        self._hasher = digest.hasher()
+        self._hashing = 0
+        """The chunk that is hashed next, or is being hashed."""
+        self._hashed_wrong = False
+        """A chunk that was hashed has proved wrong since."""
         try:
             self._chunks = ChunkMap(chunks, size, chunk_size, place.form)
             try:
@@ -87,74 +102,119 @@ class PartialBlob:
                     ranges[-1] = Range(ranges[-1].start, chunk.stop)
         return ranges
 
-    def sink(self, wanted: Range) -> ChunkSink:
-        """A writer for the consecutive bytes of ``wanted``.
+    def sink(self, wanted: Range, *, trusted: bool = False) -> ChunkSink:
+        """A writer for the consecutive bytes of ``wanted``, from whom its bytes can be trusted.
 
         It starts at a chunk's start, or where the rest of a begun one does.
         """
-        return ChunkSink(self, wanted)
+        return ChunkSink(self, wanted, trusted=trusted)
 
-    def rest(self) -> ChunkSink:
+    def rest(self, *, trusted: bool = False) -> ChunkSink:
         """A writer for everything from the first missing byte on, of which there is one.
 
         What is there behind it is passed over. Nobody else may write to the blob meanwhile.
         """
-        return ChunkSink(self, Range(self.missing()[0].start, self.size))
+        return ChunkSink(self, Range(self.missing()[0].start, self.size), trusted=trusted)
+
+    def trust(self, name: str) -> None:
+        """Let trusted chunks be those that come by ``name``; see :meth:`ChunkMap.trust`.
+
+        Raises :class:`ModelError`.
+        """
+        with self._map_errors():
+            self._chunks.trust(name)
 
     def fill(self, number: int) -> tuple[int, bool]:
         """How many bytes of a chunk that is not there have been written, and whether framed."""
         return self._chunks.fill(number)
 
-    def set_fill(self, number: int, fill: int, *, framed: bool) -> None:
-        """Say so, that a killed process does not fetch them again. Raises :class:`ModelError`."""
-        try:
-            self._chunks.set_fill(number, fill, framed=framed)
-        except OSError as error:
-            raise disk_error(error, self._place.path) from error
+    def is_fill_trusted(self, number: int) -> bool:
+        """Whether all that has been written of a chunk that is not there is trusted."""
+        return self._chunks.is_fill_trusted(number)
 
-    def verify(self, stop: threading.Event) -> bool:
+    def set_fill(self, number: int, fill: int, *, framed: bool, trusted: bool = False) -> None:
+        """Say so, that a killed process does not fetch them again. Raises :class:`ModelError`."""
+        with self._map_errors():
+            self._chunks.set_fill(number, fill, framed=framed, trusted=trusted)
+        self._tell(number)
+
+    # -- verifying ---------------------------------------------------------------------------------
+
+    def verify(self, stop: threading.Event, patience: float = math.inf) -> bool | None:
         """Follow the arriving chunks in order and hash them; whether the whole is what it should
-        be.
+        be, or None if the next chunk did not come within ``patience`` seconds: called again, it
+        goes on at :attr:`hashing`.
 
         Reads while the bytes are still in the page cache, and moves framed chunks on the way.
         Raises :class:`fetcher.threads.Stopped` and :class:`ModelError`.
         """
-        hasher = self.digest.hasher()
         buffer = memoryview(bytearray(min(_VERIFY_BYTES, max(self.size, 1))))
-        try:
-            for number in range(self._chunks.count):
-                self._wait_for(number, stop)
-                chunk, framed = self.chunk(number), self._chunks.is_framed(number)
-                offset = chunk.start
-                while offset < chunk.stop:
-                    if stop.is_set():
-                        raise Stopped
-                    wanted = buffer[: chunk.stop - offset]
-                    read = self._place.read(offset, wanted, framed=framed)
-                    if read == 0:
-                        return False  # the file is shorter than its map says
-                    hasher.update(wanted[:read])
-                    offset += read
-                if framed:
-                    self._settle(number, chunk)
-        except OSError as error:
-            raise disk_error(error, self._place.path) from error
-        return hasher.hexdigest() == self.digest.hex
+        with self._map_errors():
+            while self._hashing < self._chunks.count or self._hashed_wrong:
+                if self._hashed_wrong:
+                    self._hash_anew()
+                if not self._wait_for(self._hashing, stop, patience):
+                    return None
+                if not self._hash(self._hashing, buffer, stop):
+                    return False  # the file is shorter than its map says
+                self._hashing += 1
+        return self._hasher.hexdigest() == self.digest.hex
+
+    @property
+    def hashing(self) -> int:
+        """The chunk that is hashed next; the number of chunks at the end."""
+        return self._hashing
+
+    def verify_anew(self) -> None:
+        """Let :meth:`verify` begin again: bytes that it has seen were replaced."""
+        self._hashed_wrong = True
+
+    def _hash_anew(self) -> None:
+        self._hashed_wrong = False
+        self._hasher = self.digest.hasher()
+        self._hashing = 0
+
+    def _hash(self, number: int, buffer: memoryview, stop: threading.Event) -> bool:
+        """Hash one chunk that is there, if all of it is there, and move it where it belongs."""
+        chunk, framed = self.chunk(number), self._chunks.is_framed(number)
+        offset = chunk.start
+        while offset < chunk.stop:
+            if stop.is_set():
+                self.verify_anew()
+                raise Stopped
+            wanted = buffer[: chunk.stop - offset]
+            read = self._place.read(offset, wanted, framed=framed)
+            if read == 0:
+                return False
+            self._hasher.update(wanted[:read])
+            offset += read
+        if framed:
+            self._settle(number, chunk)
+        return True
 
     def _settle(self, number: int, chunk: Range) -> None:
         """Move a framed chunk where it belongs; a kill in between finds it in the frame still."""
-        self._place.settle(chunk)
-        self._chunks.mark(number)
-        self._place.release(chunk)
+        with self._moves:
+            if self._chunks.is_framed(number):
+                self._place.settle(chunk)
+                self._chunks.mark_settled(number)
+                self._place.release(chunk)
 
-    def _wait_for(self, chunk: int, stop: threading.Event) -> None:
+    def _wait_for(self, chunk: int, stop: threading.Event, patience: float) -> bool:
         if self._chunks.has(chunk):
-            return
+            return True
+        deadline = time.monotonic() + patience
         with self._arrival:
             while not self._chunks.has(chunk):
                 if stop.is_set():
                     raise Stopped
-                self._arrival.wait(_STOP_SECONDS)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._arrival.wait(min(_STOP_SECONDS, left))
+        return True
+
+    # -- presence ----------------------------------------------------------------------------------
 
     def _there(self, offset: int) -> int:
         """Where the bytes that are there from ``offset`` on end."""
@@ -167,39 +227,164 @@ class PartialBlob:
 
     def write(self, offset: int, data: memoryview, *, framed: bool) -> None:
         """Put ``data`` at ``offset``. Raises :class:`ModelError`; says nothing of presence."""
-        try:
+        with self._map_errors():
             self._place.write(offset, data, framed=framed)
-        except OSError as error:
-            raise disk_error(error, self._place.path) from error
+
+    def read(self, offset: int, buffer: memoryview) -> int:
+        """Fill some of ``buffer`` with what has been written at ``offset``, trusted or not.
+
+        Gives bytes of the one chunk that ``offset`` is in, as many as there are of it; 0 where
+        there are none, or the blob was closed. From any thread. Raises :class:`ModelError`.
+        """
+        number = offset // self._chunks.chunk_size
+        with self._arrival:
+            if self._closed:
+                return 0
+            self._readers += 1
+        try:
+            with self._map_errors():
+                while True:
+                    end, framed = self._written(number)
+                    if end <= offset:
+                        return 0
+                    read = self._place.read(offset, buffer[: end - offset], framed=framed)
+                    if self._written(number)[1] == framed:
+                        return read
+        finally:
+            with self._arrival:
+                self._readers -= 1
+                self._arrival.notify_all()
+
+    def _written(self, number: int) -> tuple[int, bool]:
+        """Where the written bytes of a chunk end, and whether they are in the frame."""
+        chunk = self.chunk(number)
+        fill, fill_framed = self._chunks.fill(number)
+        # in this order: a chunk that is marked in between is there
+        if self._chunks.has(number):
+            return chunk.stop, self._chunks.is_framed(number)
+        return chunk.start + fill, fill_framed
+
+    @contextlib.contextmanager
+    def watch(self, callback: Callable[[int], None]) -> Iterator[None]:
+        """Have ``callback`` called with a chunk's number whenever some of its bytes came.
+
+        It is called in whichever thread received them, and must be quick.
+        """
+        with self._arrival:
+            self._watchers += (callback,)
+        try:
+            yield
+        finally:
+            with self._arrival:
+                left = list(self._watchers)
+                left.remove(callback)
+                self._watchers = tuple(left)
+
+    def _tell(self, number: int) -> None:
+        for watcher in self._watchers:
+            watcher(number)
 
     def has(self, chunk: int) -> bool:
         """Whether ``chunk`` is there."""
         return self._chunks.has(chunk)
 
-    def mark(self, number: int, *, framed: bool) -> None:
+    def is_trusted(self, chunk: int) -> bool:
+        """Whether ``chunk`` is there and may be shown before the whole blob was verified."""
+        return self._chunks.is_trusted(chunk)
+
+    def first_missing(self, chunk: int) -> int:
+        """The first chunk at or after ``chunk`` that is not there; the count if there is none."""
+        return self._chunks.contiguous(chunk)
+
+    def mark(self, number: int, *, framed: bool, trusted: bool = False) -> None:
         """Say that a chunk has been written, and have the kernel start to put it on the disk.
 
         Raises :class:`ModelError`.
         """
         chunk = self.chunk(number)
-        try:
-            self._chunks.mark(number, framed=framed)
+        with self._map_errors():
+            self._chunks.mark(number, framed=framed, trusted=trusted)
             self._place.arrived(chunk, framed=framed)
-        except OSError as error:
-            raise disk_error(error, self._place.path) from error
         with self._arrival:
             self.done += len(chunk)
             self._arrival.notify_all()
+        self._tell(number)
+
+    def mark_trusted(self, number: int) -> None:
+        """Say that a trusted source sent what is there of a chunk. Raises :class:`ModelError`."""
+        with self._map_errors():
+            self._chunks.mark_trusted(number)
+        self._tell(number)
+
+    def drop(self, number: int) -> bool:
+        """A chunk that is there proved wrong: it is not there any more. Whether it is framed.
+
+        Raises :class:`ModelError`.
+        """
+        with self._map_errors(), self._moves:
+            framed = self._chunks.is_framed(number)
+            self._chunks.unmark(number)
+        with self._arrival:
+            self.done -= len(self.chunk(number))
+            self._hashed_wrong |= number <= self._hashing
+        return framed
+
+    @contextlib.contextmanager
+    def _map_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(error, self._place.path) from error
 
     def chunk(self, number: int) -> Range:
         """The bytes of a chunk."""
         start = number * self._chunks.chunk_size
         return Range(start, min(start + self._chunks.chunk_size, self.size))
 
+    def chunks(self, wanted: Range) -> range:
+        """The numbers of the chunks in which bytes of ``wanted`` lie."""
+        return range(wanted.start // self.chunk_size, -(-wanted.stop // self.chunk_size))
+
     @property
     def chunk_size(self) -> int:
         """Bytes in every chunk but the last."""
         return self._chunks.chunk_size
+
+    @property
+    def count(self) -> int:
+        """How many chunks it has."""
+        return self._chunks.count
+
+    # -- archives ----------------------------------------------------------------------------------
+
+    def awaited(self) -> int | None:
+        """Where the bytes begin that have to come before more headers of a tar can be read; None
+        where all have been read, or there are none.
+        """
+        return self._place.awaited()
+
+    def read_headers(self, _: threading.Event) -> None:
+        """Read the headers of a tar that are there; in a worker thread. Raises
+        :class:`ModelError`."""
+        with self._map_errors():
+            self._place.read_headers()
+
+    def untrusted_headers(self) -> list[Range]:
+        """Of a tar whose headers have all been read: the chunks of them that are not trusted."""
+        numbers = sorted({one for piece in self._place.headers() for one in self.chunks(piece)})
+        there = (one for one in numbers if self.has(one) and not self.is_trusted(one))
+        return [self.chunk(one) for one in there]
+
+    def write_index(self, _: threading.Event) -> None:
+        """Let readers know what is in a tar, once :meth:`awaited` is None; in a worker thread.
+
+        Raises :class:`fetcher.errors.InvalidArtifact` for one that is broken or hostile, and other
+        :class:`ModelError`.
+        """
+        with self._map_errors():
+            self._place.write_index()
+
+    # -- the end -----------------------------------------------------------------------------------
 
     def checkpoint(self, _: threading.Event) -> None:
         """Put on the disk what is there, and then the map that says so.
@@ -235,79 +420,15 @@ class PartialBlob:
                 self._chunks.forget_unsynced()
         return disk_error(error, self._place.path)
 
+    def conclude(self, verdict: Verdict) -> None:
+        """Tell readers in other processes what became of it. Raises :class:`ModelError`."""
+        with self._map_errors():
+            self._chunks.conclude(verdict)
+
     def close(self) -> None:
-        """Release its descriptors; what is there stays."""
+        """Release its descriptors, once nobody reads; what is there stays."""
+        with self._arrival:
+            self._closed = True
+            self._arrival.wait_for(lambda: not self._readers)
         self._place.close()
         self._chunks.close()
-
-
-class ChunkSink:
-    """Writes consecutive bytes of a partial blob and marks each chunk that they fill.
-
-    It keeps its place: after a failure, fetching goes on at :attr:`remaining`, at the very byte.
-    """
-
-    def __init__(self, blob: PartialBlob, wanted: Range) -> None:
-        self._blob = blob
-        self._position = wanted.start
-        self._stop = wanted.stop
-        self._skipping = False
-        self._framed = False
-        number, into = divmod(wanted.start, blob.chunk_size)
-        if into:
-            fill, self._framed = blob.fill(number)
-            if into != fill:
-                raise ValueError(f"{wanted} starts neither at a chunk's start nor at its rest")
-
-    @property
-    def remaining(self) -> Range:
-        """What is still to come."""
-        return Range(self._position, self._stop)
-
-    def whole(self) -> bool:
-        """Whether the whole blob is what is wanted, so that it will do."""
-        return self._position == 0 and self._stop == self._blob.size
-
-    def restart(self) -> None:
-        """Take the whole blob from its first byte, for an answer that knows no ranges.
-
-        Nobody else may write to the blob meanwhile.
-        """
-        self._position, self._stop = 0, self._blob.size
-
-    def __call__(self, data: bytes) -> bool:
-        """Take the next bytes; false if they go beyond what was wanted.
-
-        Bytes of a chunk that is there already are passed over, as they may have been hashed.
-        """
-        if len(data) > self._stop - self._position:
-            return False
-        view = memoryview(data)
-        while view:
-            number, into = divmod(self._position, self._blob.chunk_size)
-            chunk = self._blob.chunk(number)
-            piece = view[: chunk.stop - self._position]
-            if into == 0:
-                self._begin(number)
-            if not self._skipping:
-                self._blob.write(self._position, piece, framed=self._framed)
-            self._position += len(piece)
-            if not self._skipping:
-                self._tell(number, chunk)
-            view = view[len(piece) :]
-        return True
-
-    def _begin(self, number: int) -> None:
-        self._skipping = self._blob.has(number)
-        if not self._skipping:
-            if self._blob.fill(number)[0]:
-                # begun before, perhaps elsewhere: what is said of it must not outlive that
-                self._blob.set_fill(number, 0, framed=False)
-            self._framed = not self._blob.knows(number)
-
-    def _tell(self, number: int, chunk: Range) -> None:
-        """Say what is there now of the chunk that was written to."""
-        if self._position == chunk.stop:
-            self._blob.mark(number, framed=self._framed)
-        else:
-            self._blob.set_fill(number, self._position - chunk.start, framed=self._framed)

@@ -1,16 +1,23 @@
 """Chunk maps: which chunks of a blob are there, one byte each, in a file that readers may map.
 
 The file is a header of 64 bytes, one byte per chunk, then four bytes per chunk that say how much of
-it has been written while it arrives. Both are set only after the bytes were written, so a killed
-process loses nothing. Power loss may lose bytes whose mark survived: the header keeps the kernel's
-boot id, and in a map of an earlier boot only those chunks are believed that a checkpoint had put on
-the disk.
+it has been written while it arrives, then the name that trusted chunks came from. Marks are set
+only after the bytes were written, so a killed process loses nothing. Power loss may lose bytes
+whose mark survived: the header keeps the kernel's boot id, and in a map of an earlier boot only
+those chunks are believed that a checkpoint had put on the disk.
+
+Readers in other processes read it with ``pread``: it is cut to nothing when a blob is begun anew,
+and what was mapped would be a ``SIGBUS`` then.
 """
 
 from __future__ import annotations
 
+import enum
+import hashlib
 import os
 import struct
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,15 +35,59 @@ SYNCED: Final = 2
 """Its bytes are on the disk, where they belong: true after a power loss, too."""
 FRAMED: Final = 4
 """Its bytes wait in the frame of a tar layer for the place that its headers give them."""
+TRUSTED: Final = 8
+"""Its bytes came from the registry itself, by the name that the map is for, or matched a digest of
+their own: they may be shown before the whole blob was verified."""
+
+VERDICT_OFFSET: Final = _HEADER.size
+"""The byte of the header that says how the blob ended, for whoever has the map open then."""
+
+
+class Verdict(enum.IntEnum):
+    """What became of a blob, as its map says at last."""
+
+    OPEN = 0
+    VERIFIED = 1
+    """The whole is right and stays; written before the map is removed."""
+    SPOILED = 2
+    """The bytes proved wrong; written before they are dropped."""
+
 
 _FILL: Final = struct.Struct("<I")
 _FRAMED_FILL: Final = 1 << 31
 """The bit of a fill whose bytes are in the frame."""
-MAX_CHUNK_BYTES: Final = _FRAMED_FILL - 1
+_TRUSTED_FILL: Final = 1 << 30
+"""The bit of a fill all of whose bytes are trusted."""
+MAX_CHUNK_BYTES: Final = _TRUSTED_FILL - 1
+
+_NAME_BYTES: Final = 32
+_NO_NAME: Final = bytes(_NAME_BYTES)
 
 _AFTER_POWER_LOSS: Final = bytes(
     state if state & SYNCED and not state & FRAMED else 0 for state in range(256)
 )
+_WITHOUT_TRUST: Final = bytes(state & ~TRUSTED for state in range(256))
+
+
+@dataclass(frozen=True, slots=True)
+class MapHeader:
+    """What the first bytes of a map say."""
+
+    size: int
+    chunk_size: int
+    boot: bytes
+    """As :func:`boot_id`, of when it was written."""
+    verdict: int
+
+
+def read_header(content: bytes) -> MapHeader | None:
+    """Read the header of a map, for whoever only reads it; None where it is none."""
+    if len(content) < HEADER_BYTES:
+        return None
+    magic, size, chunk_size, boot, _ = _HEADER.unpack_from(content)
+    if magic != _MAGIC or chunk_size < 1:
+        return None
+    return MapHeader(size, chunk_size, boot, content[VERDICT_OFFSET])
 
 
 def boot_id() -> bytes:
@@ -58,6 +109,8 @@ class ChunkMap:
         :class:`OSError`.
         """
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock = threading.Lock()
+        """Held while a state is changed that another thread may change too."""
         try:
             self.size = size
             kept = self._read(form)
@@ -78,10 +131,12 @@ class ChunkMap:
         if (magic, size, found) != (_MAGIC, self.size, form) or chunk_size < 1:
             return None
         count = -(-size // chunk_size)
-        if len(content) != HEADER_BYTES + count * (1 + _FILL.size):
+        names = HEADER_BYTES + count * (1 + _FILL.size)
+        if len(content) != names + _NAME_BYTES:
             return None
         self._states = bytearray(content[HEADER_BYTES : HEADER_BYTES + count])
-        self._fills = [fill for (fill,) in _FILL.iter_unpack(content[HEADER_BYTES + count :])]
+        self._fills = [fill for (fill,) in _FILL.iter_unpack(content[HEADER_BYTES + count : names])]
+        self._name = content[names:]
         if boot != boot_id():
             self.count = count
             # the marks go before the boot id comes: a second power loss in between finds the same
@@ -104,7 +159,8 @@ class ChunkMap:
         """No chunk is there: the bytes are gone. Raises :class:`OSError`."""
         self._states = bytearray(self.count)
         self._fills = [0] * self.count
-        os.pwrite(self._file, bytes(self.count * (1 + _FILL.size)), HEADER_BYTES)
+        self._name = _NO_NAME
+        os.pwrite(self._file, bytes(self.count * (1 + _FILL.size) + _NAME_BYTES), HEADER_BYTES)
 
     def forget_unsynced(self) -> None:
         """Believe only chunks that are on the disk. Raises :class:`OSError`."""
@@ -112,26 +168,70 @@ class ChunkMap:
         self._fills = [0] * self.count
         os.pwrite(self._file, self._states + bytes(self.count * _FILL.size), HEADER_BYTES)
 
-    def mark(self, chunk: int, *, framed: bool = False) -> None:
+    def mark(self, chunk: int, *, framed: bool = False, trusted: bool = False) -> None:
         """Say that the bytes of ``chunk`` have been written. Raises :class:`OSError`."""
-        self._set(chunk, THERE | FRAMED if framed else THERE)
+        state = THERE | (FRAMED if framed else 0) | (TRUSTED if trusted else 0)
+        with self._lock:
+            self._set(chunk, state)
+
+    def mark_settled(self, chunk: int) -> None:
+        """Say that a chunk is not in the frame any more. Raises :class:`OSError`."""
+        with self._lock:
+            self._set(chunk, self._states[chunk] & ~FRAMED)
+
+    def mark_trusted(self, chunk: int) -> None:
+        """Say that the bytes of a chunk that is there are trusted. Raises :class:`OSError`."""
+        with self._lock:
+            self._set(chunk, self._states[chunk] | TRUSTED)
+
+    def unmark(self, chunk: int) -> None:
+        """Say that a chunk is not there: its bytes proved wrong. Raises :class:`OSError`."""
+        with self._lock:
+            self._set(chunk, 0)
 
     def mark_synced(self, chunks: Iterable[int]) -> None:
-        """Say that these chunks are on the disk, durably. Raises :class:`OSError`."""
+        """Say that these chunks, if they are there still, are on the disk, durably.
+
+        Raises :class:`OSError`.
+        """
         for chunk in chunks:
-            self._set(chunk, THERE | SYNCED)
+            with self._lock:
+                if self._states[chunk]:
+                    self._set(chunk, self._states[chunk] | SYNCED)
         os.fsync(self._file)
 
     def _set(self, chunk: int, state: int) -> None:
         self._states[chunk] = state
         os.pwrite(self._file, state.to_bytes(1, "little"), HEADER_BYTES + chunk)
 
-    def set_fill(self, chunk: int, fill: int, *, framed: bool) -> None:
+    def trust(self, name: str) -> None:
+        """Let trusted chunks be those that came by ``name``, a registry and a repository.
+
+        What came by another name is trusted no longer: whoever may push there may have put
+        anything below the digest. Durable, in this order. Raises :class:`OSError`.
+        """
+        wanted = hashlib.sha256(name.encode()).digest()
+        if wanted == self._name:
+            return
+        with self._lock:
+            self._states = bytearray(self._states.translate(_WITHOUT_TRUST))
+            self._fills = [fill & ~_TRUSTED_FILL for fill in self._fills]
+            fills = b"".join(map(_FILL.pack, self._fills))
+            os.pwrite(self._file, self._states + fills, HEADER_BYTES)
+        os.fsync(self._file)
+        self._name = wanted
+        os.pwrite(self._file, wanted, HEADER_BYTES + self.count * (1 + _FILL.size))
+
+    def conclude(self, verdict: Verdict) -> None:
+        """Tell whoever reads the map what became of the blob. Raises :class:`OSError`."""
+        os.pwrite(self._file, verdict.to_bytes(1, "little"), VERDICT_OFFSET)
+
+    def set_fill(self, chunk: int, fill: int, *, framed: bool, trusted: bool = False) -> None:
         """Say that the first ``fill`` bytes of ``chunk`` have been written, in the frame or not.
 
         Raises :class:`OSError`.
         """
-        value = fill | (_FRAMED_FILL if framed else 0)
+        value = fill | (_FRAMED_FILL if framed else 0) | (_TRUSTED_FILL if trusted else 0)
         self._fills[chunk] = value
         offset = HEADER_BYTES + self.count + chunk * _FILL.size
         os.pwrite(self._file, _FILL.pack(value), offset)
@@ -143,6 +243,10 @@ class ChunkMap:
         # a whole chunk would have been marked
         return (fill if fill < self.length(chunk) else 0), bool(value & _FRAMED_FILL)
 
+    def is_fill_trusted(self, chunk: int) -> bool:
+        """Whether all that has been written of a chunk that is not there is trusted."""
+        return bool(self._fills[chunk] & _TRUSTED_FILL)
+
     def has(self, chunk: int) -> bool:
         """Whether the bytes of ``chunk`` have been written."""
         return self._states[chunk] != 0
@@ -151,18 +255,28 @@ class ChunkMap:
         """Whether the bytes of ``chunk`` wait in the frame."""
         return bool(self._states[chunk] & FRAMED)
 
+    def is_trusted(self, chunk: int) -> bool:
+        """Whether ``chunk`` is there and its bytes may be shown."""
+        return bool(self._states[chunk] & TRUSTED)
+
     def missing(self) -> Iterator[int]:
         """The numbers of the chunks that are not there, ascending."""
         return (chunk for chunk in range(self.count) if not self.has(chunk))
 
     def unsynced(self) -> list[int]:
         """The chunks that lie where they belong, and may not be on the disk yet."""
-        return [chunk for chunk, state in enumerate(bytes(self._states)) if state == THERE]
+        dirty = (THERE, THERE | TRUSTED)
+        return [chunk for chunk, state in enumerate(bytes(self._states)) if state in dirty]
 
     def contiguous(self, chunk: int) -> int:
         """The first chunk at or after ``chunk`` that is not there; the count if there is none."""
         found = self._states.find(_ABSENT, chunk)
         return self.count if found < 0 else found
+
+    def verdict(self) -> Verdict:
+        """What an earlier process said of the blob. Raises :class:`OSError`."""
+        told = os.pread(self._file, 1, VERDICT_OFFSET)
+        return Verdict(told[0]) if told and told[0] in tuple(Verdict) else Verdict.OPEN
 
     def length(self, chunk: int) -> int:
         """Bytes in ``chunk``; the last one may be shorter."""

@@ -92,6 +92,21 @@ class Place(Protocol):
     def release(self, chunk: Range) -> None:
         """A settled chunk was marked: its place in the frame is not needed any more."""
 
+    def awaited(self) -> int | None:
+        """Where the bytes begin that must come before more headers of an archive can be read."""
+
+    def read_headers(self) -> None:
+        """Read the headers of an archive that can be read by now; nobody else is at it after."""
+
+    def headers(self) -> list[Range]:
+        """What of an archive is not the content of its files, as far as is known."""
+
+    def write_index(self) -> None:
+        """Write down what an archive holds, once :meth:`awaited` is None.
+
+        Raises :class:`fetcher.errors.InvalidArtifact`.
+        """
+
     def sync(self) -> None:
         """Put what was written so far on the disk."""
 
@@ -137,6 +152,18 @@ class WholeFile:
         raise ValueError("nothing is framed here")
 
     release = settle
+
+    def awaited(self) -> int | None:
+        return None
+
+    def read_headers(self) -> None:
+        """A file is no archive."""
+
+    def headers(self) -> list[Range]:
+        return []
+
+    def write_index(self) -> None:
+        """A file is no archive."""
 
     def sync(self) -> None:
         sync_file(self._file)
@@ -306,6 +333,30 @@ class TarFiles:
             self._resting = True
         if self._resting:
             segments.known = self._size
+
+    def awaited(self) -> int | None:
+        with self._lock:
+            return None if self._resting else self._walk.reached
+
+    def read_headers(self) -> None:
+        if not self._resting:
+            self._walk_on()
+
+    def headers(self) -> list[Range]:
+        return [piece for piece, number, _ in self._pieces(Range(0, self._size)) if number is None]
+
+    def write_index(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+        entries = self._segments.entries
+        _check_entries(entry for entry, _ in entries)
+        index = encode_index(entries)
+        self._grow(len(index) + _BLOCK)
+        scratch = self._parts / f"{INDEX}.new"
+        scratch.unlink(missing_ok=True)
+        write_durably(scratch, index)
+        scratch.rename(self._parts / INDEX)
+        sync_folder(self._parts)
 
     def settle(self, chunk: Range) -> None:
         self._walk_on()

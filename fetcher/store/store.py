@@ -136,10 +136,10 @@ class Store:
             return True
         return (self._files_path(layer.descriptor.digest) / FRAME).exists()
 
-    def open_partial(self, layer: Layer) -> PartialBlob:
+    def open_partial(self, layer: Layer, name: str = "") -> PartialBlob:
         """Open what is there of an incomplete blob, to fill it, in a worker thread.
 
-        Raises :class:`ModelError`.
+        What is trusted of it is what came by ``name``. Raises :class:`ModelError`.
         """
         blob = layer.descriptor
         path, chunks = self.blob_path(blob.digest), self._chunks_path(blob.digest)
@@ -158,7 +158,13 @@ class Store:
             # of whole blocks of the disk: at every other edge one would stay in the frame
             part = blob.size // _TAR_CHUNKS // _BLOCK * _BLOCK
             chunk_size = max(min(chunk_size, part), _LEAST_CHUNK)
-        return PartialBlob(place, chunks, blob.digest, blob.size, chunk_size)
+        partial = PartialBlob(place, chunks, blob.digest, blob.size, chunk_size)
+        try:
+            partial.trust(name)
+        except BaseException:
+            partial.close()
+            raise
+        return partial
 
     def missing_bytes(self, blob: Descriptor) -> int:
         """Bytes of the blob that take new space on the disk when it is fetched."""

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi.attributes import ATTRIBUTES, Mode, Prefetch, VolumeAttributes, differences
+from csi.attributes import ATTRIBUTES, Mode, VolumeAttributes, differences
 from fetcher.errors import InvalidRequest, ModelError
 from fetcher.modelpack import Selection
 from fetcher.oci import Digest, Reference
 from fetcher.policy import PullPolicy
+from fetcher.schedule import Prefetch
 
 DRIVER = "model.csi.example.org"
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
