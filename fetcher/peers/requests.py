@@ -149,11 +149,9 @@ def _reference(registry: str, name: str, kind: str, target: str) -> Reference:
     except InvalidRequest as error:
         raise Refusal(400, "NAME_INVALID", error.message) from error
     # a registry that is no host, or a name with a tag in it, would have become something else
-    whole = (parsed.registry, parsed.repository) in (
-        (registry.lower(), name),
-        (DOCKER_HUB, name if "/" in name else f"library/{name}"),
-    )
-    if not whole or (parsed.registry == DOCKER_HUB) != (registry.lower() in HUB_HOSTS):
+    is_hub = registry.lower() in HUB_HOSTS
+    repository = f"library/{name}" if is_hub and "/" not in name else name
+    if parsed.repository != repository or (parsed.registry == DOCKER_HUB and not is_hub):
         raise Refusal(400, "NAME_INVALID", f"{registry[:100]}/{name[:200]} names no repository")
     if kind == "manifests" and ":" not in target:
         try:

@@ -26,6 +26,7 @@ from fetcher.store import Limits, Store
 from tests.support.stores import CHUNK, NO_FLOOR, QUICK
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator
     from pathlib import Path
 
@@ -53,6 +54,7 @@ class PeerNode:
     pulls: Pulls
     jobs: Jobs
     served: Served
+    address: tuple[str, int]
     client: httpx.AsyncClient = field(repr=False)
 
     def blob_url(self, repository: str, digest: Digest | str, ns: str) -> str:
@@ -78,6 +80,8 @@ class Setup:
     limits: Limits = NO_FLOOR
     chunk_size: int = CHUNK
     linger: float = 30.0
+    verify: ssl.SSLContext | bool = True
+    """What the client shows and believes."""
 
 
 @contextlib.asynccontextmanager
@@ -119,10 +123,10 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
                 "Model-CSI-Chunk": str(setup.chunk_size),
             }
             async with httpx.AsyncClient(
-                base_url=url, headers=headers, trust_env=False, timeout=20
+                base_url=url, headers=headers, trust_env=False, timeout=20, verify=setup.verify
             ) as client:
                 pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
-                yield PeerNode(url, store, pulls, jobs, served, client)
+                yield PeerNode(url, store, pulls, jobs, served, ("127.0.0.1", port), client)
             nursery.cancel_scope.cancel()
         jobs.close()
     finally:
