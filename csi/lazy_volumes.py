@@ -305,7 +305,8 @@ class LazyVolumes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._workers.forward_logs)
             nursery.start_soon(self._sweep)
-            async for key in self._workers.deaths():
+            while True:
+                key = await self._workers.death()
                 nursery.start_soon(revivals.revive, key, name=f"revival of {key.model.short}")
 
     async def _sweep(self) -> None:

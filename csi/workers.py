@@ -31,7 +31,6 @@ from fetcher.errors import ModelError, Unavailable
 from fetcher.lazy_plan import lock_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from csi.served import Folders, TreeKey
@@ -176,10 +175,9 @@ class Workers:
             del self._questions[key]
             question.answered.set()
 
-    async def deaths(self) -> AsyncIterator[TreeKey]:
-        """Every worker that ended though nobody wanted it, as it happens."""
-        async for key in self._deaths:
-            yield key
+    async def death(self) -> TreeKey:
+        """The next worker that ends, or ended, though nobody wanted it."""
+        return await self._deaths.receive()
 
     async def ensure(self, key: TreeKey) -> None:
         """Have the worker of ``key`` serve: found where it lives, else started; its plan is there.
@@ -284,8 +282,9 @@ class Workers:
                 raise _cannot_start(key, problem)
             raise _cannot_start(key, f"it is not ready after {START_TIMEOUT:g} s")
         except BaseException:
+            # its mount stays, if there is one: it may be that of another one, which was faster
             with trio.CancelScope(shield=True):
-                await self._end(worker, mountpoint, grace=0)
+                await _kill(worker)
             os.close(worker.descriptor)
             self._logs.drain(key)
             raise
@@ -371,21 +370,19 @@ class Workers:
         mountpoint = self._folders.mountpoint(key)
         if worker is not None:
             worker.stopping = True
-            await self._end(worker, mountpoint, grace=END_TIMEOUT)
+            await self._end(worker, mountpoint)
         else:
             await unmount(mountpoint)
         await self._remove_files(key)
 
-    async def _end(self, worker: _Worker, mountpoint: Path, grace: float) -> None:
-        """Unmount, so that the worker ends by itself within ``grace`` seconds; else kill it."""
+    async def _end(self, worker: _Worker, mountpoint: Path) -> None:
+        """Unmount, so that the worker ends by itself; if it does not in time, kill it."""
         mount = mount_at(mountpoint)
         await unmount(mountpoint)
-        if await _has_ended(worker, grace):
+        if await _has_ended(worker, END_TIMEOUT):
             return
         logger.info("process %d does not end by itself: killing it", worker.pid)
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
-        if await _has_ended(worker, END_TIMEOUT):
+        if await _kill(worker):
             return
         # one that sleeps in the kernel cannot die; who waits for it can be let go
         if mount is not None:
@@ -414,6 +411,13 @@ def _environment() -> dict[str, str]:
     """What a worker needs of ours: where its interpreter finds its parts, and nothing secret."""
     names = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+async def _kill(worker: _Worker) -> bool:
+    """Kill a process: whether it has ended, in time."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
+    return await _has_ended(worker, END_TIMEOUT)
 
 
 async def _has_ended(worker: _Worker, seconds: float) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tests.support.mounts import detach_below
+from tests.support.workers import end_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,10 +95,11 @@ class Driver:
             raise
 
     def clear(self) -> None:
-        """End it, and detach the volumes that are still published."""
+        """End it, and detach the volumes that are still published, and end what serves them."""
         if self._process is not None and self._process.poll() is None:
             self.end()
         detach_below(self.folder / "kubelet")
+        end_workers(self.folder / "root")
 
 
 @contextlib.contextmanager
