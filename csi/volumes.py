@@ -22,6 +22,7 @@ from csi.attributes import Mode, differences
 from csi.conditions import is_shown, unknown_mounts
 from csi.lazy_volumes import Showing
 from csi.mount_table import mount_at
+from csi.names import Names
 from csi.placement import Placement
 from csi.reconcile import reconcile
 from csi.served import Folders, TreeKey
@@ -32,14 +33,12 @@ from csi.waiting import wait_for_tree
 from fetcher.errors import (
     Conflict,
     InProgress,
-    InvalidArtifact,
     InvalidRequest,
     ModelError,
     NotFound,
     Unavailable,
     Unsupported,
 )
-from fetcher.oci import Digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from csi.state import VolumeRecords
     from csi.waiting import PullService
     from fetcher.credentials import Keychain
-    from fetcher.oci import Reference
     from fetcher.pull import Progress, Resolved
     from fetcher.store import ModelTree
 
@@ -93,6 +91,7 @@ class Volumes:
         self._pulls = pulls
         self._lazy = lazy
         self._placement = Placement(records, Folders.of(root))
+        self._names = Names(pulls, self._placement)
         self._kubelet_dir = kubelet_dir
         self._turns = Turns()
 
@@ -119,9 +118,9 @@ class Volumes:
             found = await self._check_target(request.target, previous)
             try:
                 if found is not None and not known:
-                    resolved = await self._resolve_shown(request, found)
+                    resolved = await self._names.of_shown(request, found)
                 else:
-                    resolved = await self._resolve(request, previous)
+                    resolved = await self._names.of(request, previous)
             except ModelError as error:
                 if not error.transient:
                     # refused now: what an earlier call began must not go on in its name
@@ -201,46 +200,6 @@ class Volumes:
         elif not self._placement.is_ours(mount, record):
             raise Conflict(f"{target} is a mount of something else ({mount.type}): it stays")
         return mount
-
-    async def _resolve(self, request: PublishRequest, previous: VolumeRecord | None) -> Resolved:
-        """What the volume shows: what an earlier call resolved, though the tag moved since."""
-        attributes = request.attributes
-        # as the volume names it: what an earlier call made of it has a digest whatever the policy
-        self._pulls.check(attributes.reference)
-        pinned = _pinned(attributes.reference, previous)
-        if pinned is not None:
-            try:
-                return await self._pulls.resolve(pinned, request.keychain, attributes.pull_policy)
-            except NotFound as error:
-                # nothing of it was shown yet, so the volume may take what the tag names now
-                logger.info("%s; asking for %s again", error.message, attributes.reference)
-        return await self._pulls.resolve(
-            attributes.reference, request.keychain, attributes.pull_policy
-        )
-
-    async def _resolve_shown(self, request: PublishRequest, found: Mount) -> Resolved:
-        """What the volume shows already, by a call whose record was lost.
-
-        A pod may read it, so it stays whatever the tag names now, and though the registry does not
-        have it any more (:class:`NotFound`). Raises :class:`Conflict` where it cannot be what the
-        volume's attributes ask for.
-        """
-        attributes, tree = request.attributes, self._placement.tree_of(found)
-        if tree is None:
-            return await self._resolve(request, None)
-        self._pulls.check(attributes.reference)
-        reference = attributes.reference
-        if reference.digest is None:
-            reference = reference.with_digest(tree.model)
-        resolved = await self._pulls.resolve(reference, request.keychain, attributes.pull_policy)
-        wanted = resolved.model.digest, attributes.selection.key
-        if wanted != (tree.model, tree.selection):
-            raise Conflict(
-                f"{request.target} shows files of model {tree.model.short} that volume "
-                f"{request.volume_id} does not ask for, and its record was lost: it stays as it is",
-                volume=request.volume_id,
-            )
-        return resolved
 
     def _begin(
         self,
@@ -416,16 +375,6 @@ class Volumes:
         """Keep lazily shown volumes going, until cancelled; after :meth:`reconcile`."""
         if self._lazy is not None:
             await self._lazy.tend(self._placement, self._turns)
-
-
-def _pinned(reference: Reference, previous: VolumeRecord | None) -> Reference | None:
-    """``reference`` at the digest that the record kept; None where there is nothing to keep."""
-    if previous is None or reference.digest is not None:
-        return None
-    try:
-        return reference.with_digest(Digest.parse(previous.digest))
-    except InvalidArtifact:
-        return None
 
 
 def _holder(volume_id: str, target: Path) -> str:
