@@ -29,8 +29,17 @@ _AGAIN: Final = (3.0, 12.0, 45.0)
 """Seconds after which it is gone over again: the kernel writes what is dirty within half a
 minute."""
 
+_BLOCK: Final = 64 * 1024
+"""What is read is counted in these: the store writes in such pieces, and the kernel drops whole
+folios only."""
+
+_LONG: Final = 1024 * 1024
+"""A range of at least this was read by somebody who reads on. What lies around it goes with it,
+whatever brought it there, and again later, as it may have been written just now. Of what is read
+here and there only that goes, once: the rest may serve others."""
+
 _EDGE: Final = 2 * 1024 * 1024
-"""The kernel drops whole folios only; none is larger than this."""
+"""No folio is larger than this."""
 
 
 Identity = tuple[int, int]
@@ -46,7 +55,7 @@ class _Fresh:
     bytes: int = 0
 
     def ranges(self) -> tuple[Range, ...]:
-        return tuple(join_chunks(sorted(self.blocks), _EDGE, sys.maxsize))
+        return tuple(map(_with_edges, join_chunks(sorted(self.blocks), _BLOCK, sys.maxsize)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ class Behind:
         if fresh is None:
             fresh = self._fresh[file] = _Fresh(now)
         fresh.bytes += len(part)
-        fresh.blocks.update(range(part.start // _EDGE, -(-part.stop // _EDGE)))
+        fresh.blocks.update(range(part.start // _BLOCK, -(-part.stop // _BLOCK)))
         return fresh.bytes >= _ENOUGH
 
     def due(self, now: float) -> list[tuple[Identity, Range]]:
@@ -85,11 +94,11 @@ class Behind:
         found = [_Round(now, 0, file, self._fresh.pop(file).ranges()) for file in ripe]
         found += [one for one in self._rounds if one.when <= now]
         self._rounds = [one for one in self._rounds if one.when > now]
-        self._rounds += [
-            _Round(now + _AGAIN[one.number], one.number + 1, one.file, one.ranges)
-            for one in found
-            if one.number < len(_AGAIN)
-        ]
+        for one in found:
+            long = tuple(part for part in one.ranges if len(part) >= _LONG)
+            if long and one.number < len(_AGAIN):
+                when = now + _AGAIN[one.number]
+                self._rounds.append(_Round(when, one.number + 1, one.file, long))
         return [(one.file, part) for one in found for part in one.ranges]
 
     def next_due(self) -> float | None:
@@ -101,6 +110,12 @@ class Behind:
     def files(self) -> set[Identity]:
         """The files of which something is still to be dropped."""
         return {*self._fresh, *(one.file for one in self._rounds)}
+
+
+def _with_edges(part: Range) -> Range:
+    if len(part) < _LONG:
+        return part
+    return Range(part.start // _EDGE * _EDGE, -(-part.stop // _EDGE) * _EDGE)
 
 
 class Droppings:

@@ -72,6 +72,11 @@ class OpenFile:
                 ) from error
             await trio.sleep(_PAUSE)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing of its blob has to be fetched."""
+        return self._blob.complete
+
     def missing(self, wanted: Range) -> Range | None:
         """What of these bytes of the file is not there, as a range of the blob.
 

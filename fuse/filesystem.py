@@ -252,14 +252,13 @@ class FileSystem:
             raise ModelError(f"the kernel asked for {size} bytes at one time")
         if not wanted:
             return memoryview(b"")
-        ahead = opened.streams.read(wanted)
-        if ahead is not None:
-            self._fetch_ahead(content, ahead)
+        if not content.is_complete:
+            self._fetch_ahead(content, opened.streams.read(wanted))
         with self._in_time(f"bytes {wanted.start} to {wanted.stop} of a file"):
             return await content.read(wanted)
 
-    def _fetch_ahead(self, content: OpenFile, ahead: Range) -> None:
-        missing = self._missing(content, ahead)
+    def _fetch_ahead(self, content: OpenFile, ahead: Range | None) -> None:
+        missing = self._missing(content, ahead) if ahead else None
         if missing is not None:
             self.agent.ahead(str(content.file.place.layer.descriptor.digest), missing)
 

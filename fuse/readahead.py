@@ -70,10 +70,12 @@ class Streams:
         if stream is None:
             self._begin(wanted)
             return None
+        exact = wanted.start == stream.position
         stream.last = self._reads
         stream.reads += 1
         stream.position = max(stream.position, wanted.stop)
-        return self._grow(stream)
+        # who comes near by chance does not do so twice
+        return self._grow(stream) if exact or stream.reads > 2 else None
 
     def _begin(self, wanted: Range) -> None:
         if len(self._streams) >= _MOST_STREAMS:
