@@ -58,8 +58,15 @@ class _Known:
 class Rights:
     """What registries have let askers read lately. Belongs to the trio thread."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(
+        self, registry: Registry, fresh: float = _FRESH_SECONDS, stale: float = _STALE_SECONDS
+    ) -> None:
+        """What a registry said is believed for ``fresh`` seconds, and for ``stale`` while it cannot
+        be asked.
+        """
         self._registry = registry
+        self._fresh = fresh
+        self._stale = stale
         self._known: OrderedDict[_Key, _Known] = OrderedDict()
         self._asking: weakref.WeakValueDictionary[_Key, trio.Lock] = weakref.WeakValueDictionary()
 
@@ -95,7 +102,7 @@ class Rights:
         """The registry's word, asked for once however many wait for it."""
         key = asker.reference.name, what, _fingerprint(asker.authorization)
         async with self._asking.setdefault(key, trio.Lock()):
-            known = self._recall(key, _FRESH_SECONDS)
+            known = self._recall(key, self._fresh)
             if known is None:
                 known = await self._ask(key, ask)
             return known.size
@@ -107,7 +114,7 @@ class Rights:
             self._known.pop(key, None)
             raise
         except Unavailable:
-            known = self._recall(key, _STALE_SECONDS)
+            known = self._recall(key, self._stale)
             if known is None:
                 raise
             return known

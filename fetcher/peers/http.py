@@ -25,7 +25,7 @@ from fetcher.threads import Stopped, run_stoppable
 if TYPE_CHECKING:
     import threading
 
-    from fetcher.peers.bodies import Body
+    from fetcher.peers.bodies import Body, Span
 
     Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
     Headers = tuple[tuple[str, str], ...]
@@ -51,7 +51,7 @@ LOST: Final = (
 
 
 class BytesMissing(Exception):
-    """What is to be sent is not there any more: the answer ends before its end."""
+    """What is to be sent cannot be had any more: the answer ends before its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,24 +138,34 @@ class HttpConnection:
             with trio.fail_after(self._patience.stall):
                 await self._stream.send_all(data)
 
-    async def send_part(self, body: Body, part: Range) -> None:
-        """Send bytes of the body of an answer, all of which are there.
+    async def send_part(self, body: Body, part: Range) -> int:
+        """Send bytes of the body of an answer, as many from the first on as are found; how many.
 
-        Raises :class:`BytesMissing` where they are not, and what is in :data:`LOST`.
+        Raises what is in :data:`LOST`.
         """
-        # h11 keeps count of bytes that it does not see
-        uncopied: Any = _Uncopied(len(part))
-        self._http.send_with_data_passthrough(h11.Data(data=uncopied))
         if isinstance(self._stream, trio.SocketStream):
             descriptor, patience = self._stream.socket.fileno(), self._patience.stall
-            await run_stoppable(lambda stop: _Sending(descriptor, patience, stop).send(body, part))
-            return
+            sent = await run_stoppable(
+                lambda stop: _Sending(descriptor, patience, stop).send(body, part)
+            )
+        else:
+            sent = await self._send_secured(body, part)
+        if sent:
+            # h11 keeps count of bytes that it does not see
+            uncopied: Any = _Uncopied(sent)
+            self._http.send_with_data_passthrough(h11.Data(data=uncopied))
+        return sent
+
+    async def _send_secured(self, body: Body, part: Range) -> int:
         buffer = memoryview(bytearray(min(_READ_BYTES, len(part))))
-        while part:
-            read = await run_stoppable(functools.partial(_read_part, body, part, buffer))
+        left = part
+        while left and (
+            read := await run_stoppable(functools.partial(_read_part, body, left, buffer))
+        ):
             with trio.fail_after(self._patience.stall):
                 await self._stream.send_all(buffer[:read])
-            part = Range(part.start + read, part.stop)
+            left = Range(left.start + read, left.stop)
+        return left.start - part.start
 
 
 class _Uncopied:
@@ -178,37 +188,47 @@ class _Sending:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
-    def send(self, body: Body, part: Range) -> None:
+    def send(self, body: Body, part: Range) -> int:
         spans = body.spans(part)
         if spans is None:
-            self._send_read(body, part)
-            return
+            return self._send_read(body, part)
+        total = 0
         for span in spans:
-            try:
-                file = os.open(span.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise BytesMissing(f"{span.path}: {error.strerror}") from error
-            try:
-                self._send_file(file, span.offset, span.count)
-            finally:
-                os.close(file)
+            sent = self._send_span(span)
+            total += sent
+            if sent < span.count:
+                break
+        return total
 
-    def _send_file(self, file: int, offset: int, left: int) -> None:
-        while left:
+    def _send_span(self, span: Span) -> int:
+        try:
+            file = os.open(span.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # it has become something else: the same bytes are elsewhere, or nowhere
+            return 0
+        try:
+            return self._send_file(file, span)
+        finally:
+            os.close(file)
+
+    def _send_file(self, file: int, span: Span) -> int:
+        total = 0
+        while total < span.count:
             self._wait()
             try:
-                sent = os.sendfile(self._socket, file, offset, min(left, _FILE_BYTES))
+                most = min(span.count - total, _FILE_BYTES)
+                sent = os.sendfile(self._socket, file, span.offset + total, most)
             except BlockingIOError:
                 continue
             if sent == 0:
-                raise BytesMissing("the file is shorter than it was")
-            offset += sent
-            left -= sent
+                break
+            total += sent
+        return total
 
-    def _send_read(self, body: Body, part: Range) -> None:
+    def _send_read(self, body: Body, part: Range) -> int:
         buffer = memoryview(bytearray(min(_READ_BYTES, len(part))))
-        while part:
-            read = _read_part(body, part, buffer, self._stop)
+        left = part
+        while left and (read := _read_part(body, left, buffer, self._stop)):
             view = buffer[:read]
             while view:
                 self._wait()
@@ -216,7 +236,8 @@ class _Sending:
                     view = view[os.write(self._socket, view) :]
                 except BlockingIOError:
                     continue
-            part = Range(part.start + read, part.stop)
+            left = Range(left.start + read, left.stop)
+        return left.start - part.start
 
     def _wait(self) -> None:
         """Return once the socket takes bytes."""
@@ -231,12 +252,9 @@ class _Sending:
 
 def _read_part(body: Body, part: Range, buffer: memoryview, _: threading.Event) -> int:
     try:
-        read = body.read(part.start, buffer[: len(part)])
-    except OSError as error:
-        raise BytesMissing(f"it cannot be read: {error.strerror}") from error
-    if read == 0:
-        raise BytesMissing("the file is shorter than it was")
-    return read
+        return body.read(part.start, buffer[: len(part)])
+    except FileNotFoundError:
+        return 0
 
 
 def _announces_body(request: h11.Request) -> bool:

@@ -28,6 +28,8 @@ _FIRST_BYTE_SECONDS: Final = 30.0
 _NEXT_BYTE_SECONDS: Final = 10.0
 """How long what is on its way may stand still; who asked has left long before."""
 _SLICE_BYTES: Final = 64 * 1024 * 1024
+_MOST_MISSES: Final = 5
+"""How often in a row what was there may have just moved, as when a blob became complete."""
 _SLICES_A_SECOND: Final = 20
 _LEAST_SLICE: Final = 64 * 1024
 
@@ -65,17 +67,20 @@ class Passing:
 
         Raises :class:`BytesMissing` where it does not arrive, and what ends a connection.
         """
-        part, rate = self._part, uploads.rate
+        part, rate, misses = self._part, uploads.rate, 0
         most = max(rate // _SLICES_A_SECOND, _LEAST_SLICE) if rate else _SLICE_BYTES
         while part:
             body = await self._next_or_end(part)
             piece = Range(part.start, min(body.there(part), part.start + most))
-            pause = uploads.pause(len(piece), trio.current_time())
-            left[0] -= len(piece)
-            await trio.sleep(pause)
-            await connection.send_part(body, piece)
-            served.bytes += len(piece)
-            part = Range(piece.stop, part.stop)
+            await trio.sleep(uploads.pause(len(piece), trio.current_time()))
+            sent = await connection.send_part(body, piece)
+            misses = 0 if sent else misses + 1
+            if misses == _MOST_MISSES:
+                raise BytesMissing("what is said to be there is not")
+            uploads.sent(sent)
+            left[0] -= sent
+            served.bytes += sent
+            part = Range(part.start + sent, part.stop)
 
     async def _next_or_end(self, part: Range) -> Body:
         try:

@@ -107,7 +107,7 @@ class PeerServer:
                 await self._secured(stream, address)
         except (*LOST, ssl.SSLError, Stopped) as error:
             logger.debug("a peer at %s left: %s", address, error)
-        except BytesMissing as error:
+        except (BytesMissing, ModelError, OSError) as error:
             logger.info("an answer to the peer at %s ended early: %s", address, error)
         except Exception:
             logger.exception("fault of this program on a connection of the peer at %s", address)

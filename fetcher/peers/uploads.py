@@ -45,13 +45,16 @@ class Uploads:
         return None
 
     def pause(self, size: int, now: float) -> float:
-        """How long to wait before the next ``size`` bytes of an upload are sent."""
-        self._promised -= size
+        """How long to wait before the next ``size`` bytes are sent."""
         if not self.rate:
             return 0.0
         start = max(self._sent_until, now - _SLACK)
         self._sent_until = start + size / self.rate
         return max(start - now, 0.0)
+
+    def sent(self, size: int) -> None:
+        """So many of the bytes that were let in are on their way."""
+        self._promised -= size
 
     def leave(self, unsent: int) -> None:
         """An upload ended, with so many of its bytes not sent."""

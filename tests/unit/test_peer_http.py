@@ -251,7 +251,7 @@ def test_who_would_wait_for_long_is_sent_away() -> None:
     assert uploads.admit(1000) is None
     wait = uploads.admit(1000)
     assert wait == 2.0
-    uploads.pause(1000, now=0.0)
+    uploads.sent(1000)
     uploads.leave(0)
     assert uploads.admit(1000) is None
 
