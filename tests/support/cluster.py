@@ -167,7 +167,7 @@ class Cluster:
     def befriend(self, nodes: Sequence[Node], members: Sequence[Node] | None = None) -> None:
         """Let nodes that are not started yet be peers of ``members``: of each other."""
         token = self.folder / "token"
-        token.write_text("of-this-cluster\n")
+        token.write_text("the-token-of-this-cluster\n")
         peers = [f"{one.name}={one.peer}" for one in members or nodes]
         for node in nodes:
             node.driver.flags += (
