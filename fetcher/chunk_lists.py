@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -46,6 +47,25 @@ _TRIED: Final = 4
 _MAX_MISSED: Final = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class KnownList:
+    """A list that was found, and where."""
+
+    digests: ChunkDigests
+    reference: Reference
+    model: Digest
+    _lists: ChunkLists = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The registry and the repository whose list it is."""
+        return self.reference.name
+
+    def contradicted(self) -> None:
+        """The registry's own bytes were others than it says: it is not used any more."""
+        self._lists.contradicted(self.reference, self.model)
+
+
 class ChunkLists:
     """The lists that this node knows. Belongs to the trio thread."""
 
@@ -65,7 +85,7 @@ class ChunkLists:
 
     async def find(
         self, reference: Reference, model: Model, keychain: Keychain
-    ) -> ChunkDigests | None:
+    ) -> KnownList | None:
         """The list of a model in the repository of ``reference``, if there is one.
 
         Raises nothing that is meant for a user.
@@ -74,21 +94,23 @@ class ChunkLists:
         if not large or not is_available():
             return None
         try:
-            return await self._find(reference, model, keychain)
+            found = await self._find(reference, model, keychain)
         except ModelError as error:
             logger.info("no chunk digests of %s: %s", reference, error.message)
             self._miss(reference, model, _FAILED_SECONDS)
             return None
+        return None if found is None else KnownList(found, reference, model.digest, self)
 
-    def known(self, reference: Reference, model: Model) -> ChunkDigests | None:
+    def known(self, reference: Reference, model: Model) -> KnownList | None:
         """The list that was found before, without asking anybody."""
         record = self._records.get(reference.name, model.digest)
         if record is None or record.body is None:
             return None
         try:
-            return _read(record.body, model)
+            found = _read(record.body, model)
         except InvalidArtifact:
             return None
+        return KnownList(found, reference, model.digest, self)
 
     def contradicted(self, reference: Reference, model: Digest) -> None:
         """The registry's own bytes were others than its list says: it is not used any more."""

@@ -22,6 +22,7 @@ import trio
 from fetcher.answers import Piece, RangeIgnored, WrongAnswer
 from fetcher.errors import (
     AccessDenied,
+    ChunkMismatch,
     InvalidRequest,
     ModelError,
     NotFound,
@@ -39,6 +40,7 @@ from fetcher.transport import LEAST_SPEED, TransferSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from fetcher.chunk_lists import KnownList
     from fetcher.credentials import Keychain
     from fetcher.hosts import Host
     from fetcher.modelpack import Layer
@@ -56,6 +58,10 @@ _RANGE_CHUNKS: Final = 8
 
 _PIECE_SECONDS: Final = 0.4
 """How long a request may take, at the pace of those before it, where others may come in between."""
+
+
+_CONTRADICTIONS: Final = 2
+"""Wrong chunks of the registry itself after which it is its list that is wrong."""
 
 
 class LazySources(enum.Enum):
@@ -89,6 +95,8 @@ class Source:
 
     reference: Reference
     keychain: Keychain = field(repr=False)
+    chunks: KnownList | None = field(default=None, repr=False)
+    """What proves single chunks, as far as that is known."""
 
 
 class Wanted(Protocol):
@@ -107,6 +115,9 @@ class Wanted(Protocol):
 
     def give_up(self, source: Source) -> bool:
         """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
+
+    def contradicted(self) -> None:
+        """What the registry itself sends is not what the chunk digests say."""
 
     def failed(self, piece: ScheduledPiece, error: ModelError) -> bool:
         """A piece cannot be had: whether that is for those who want it alone to know."""
@@ -138,6 +149,8 @@ class Download:
         """Of what is wanted, or of what is being fetched."""
         self._whole_trusted = False
         """What is missing has to come whole from a trusted source, as that one ignores ranges."""
+        self._contradictions = 0
+        """Chunks of the registry itself that were others than their digests say."""
         self._pace: float | None = None
         """Bytes per second of one request, lately."""
 
@@ -371,11 +384,32 @@ class Download:
                 self._sources.lacks(host.base)
             else:
                 await self._endure(error, turn, tries, progress=progress())
+        except ChunkMismatch as error:
+            self._blame(host, error)
         except Unavailable as error:
             if host.mirror:
                 self._rest(host, error, started)
             else:
                 await self._endure(error, turn, tries, progress=progress())
+
+    def _blame(self, host: Host, error: ChunkMismatch) -> None:
+        """A chunk was wrong, and is asked for again: of somebody else, where one host sent all of
+        it. The registry itself is asked once more, and then believed.
+        """
+        logger.warning("%s; it came from %s", error.message, host.netloc)
+        if not error.sole:
+            return
+        if host.mirror:
+            self._sources.lied(host.base, trio.current_time())
+            return
+        self._contradictions += 1
+        if self._contradictions >= _CONTRADICTIONS:
+            logger.warning(
+                "the chunk digests of blob %s contradict %s itself, and are not used any more",
+                self._blob.digest,
+                host.netloc,
+            )
+            self._wanted.contradicted()
 
     def _rest(self, host: Host, error: Unavailable, started: float) -> None:
         """Let a mirror that failed be for a while."""
@@ -385,7 +419,7 @@ class Download:
 
     async def _ask(self, sink: ChunkSink, turn: _Turn, tries: _Tries, *, renew: bool) -> None:
         source, blob, host, before = turn.source, self._blob, turn.host, sink.remaining
-        sink.trusted = self._is_trusted(turn)
+        sink.trusted, sink.sender = self._is_trusted(turn), host.base
         probe = self._probe_for(sink, turn, tries)
         try:
             access = await self._registry.blob_access(

@@ -86,5 +86,14 @@ class DigestMismatch(ModelError):
     """Bytes are not what their digest says, whoever sent them."""
 
 
+class ChunkMismatch(DigestMismatch):
+    """The bytes of one chunk are not what its own digest says; they were dropped."""
+
+    def __init__(self, message: str, *, sole: bool = True, **context: object) -> None:
+        super().__init__(message, **context)
+        self.sole = sole
+        """Whether all of them came from the one who sent the last."""
+
+
 class Unsupported(ModelError):
     """Asked for by name and not there on this node (as FUSE), or not built in."""

@@ -84,6 +84,8 @@ class Job:
         """Whether anybody wants to know of it."""
         self._token = trio.lowlevel.current_trio_token()
         self._trusted_name = source.reference.name
+        self.chunks = source.chunks
+        """What proves single chunks; of the first who knew it before the blob was begun."""
         self._readers = 0
         """Who may show trusted bytes."""
         self._indexing = trio.Lock()
@@ -120,6 +122,8 @@ class Job:
         name = source.reference.name
         self._failed.discard(name)
         self._sources[name] = source
+        if self.partial is None and self.chunks is None:
+            self.chunks = source.chunks
 
     def give_up(self, source: Source) -> bool:
         """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
@@ -129,6 +133,15 @@ class Job:
             # to the end, behind those that were not tried
             self._sources[name] = self._sources.pop(name)
         return self.source.reference.name not in self._failed
+
+    def contradicted(self) -> None:
+        """What the registry itself sends is not what the chunk digests say: these go."""
+        if self.chunks is None:
+            return
+        self.chunks.contradicted()
+        self.chunks = None
+        if self.partial is not None:
+            self.partial.expect(None)
 
     def failed(self, piece: Piece, error: ModelError) -> bool:
         """A piece cannot be had: whether that is for those who want it alone to know."""
@@ -275,6 +288,12 @@ class Job:
 
     # -- what comes --------------------------------------------------------------------------------
 
+    def look_again(self) -> None:
+        """Some of what was there may be there no more."""
+        self.schedule.look_again()
+        if self._download is not None:
+            self._download.wake()
+
     def begin(self, partial: PartialBlob, download: Download) -> None:
         """The blob is open, and fetched from now on."""
         self.partial, self._download = partial, download
@@ -393,7 +412,7 @@ class Jobs:
         download = Download(job, self._registry, self._transfers, self._settings)
         while not store.has_bytes(layer):
             # in a thread: it reads the headers of what there is of a tar
-            partial = await run_stoppable(lambda _: store.open_partial(layer, job.trusted_name))
+            partial = await run_stoppable(lambda _: _opened(store, job))
             size = layer.descriptor.size
             # a begun chunk counts too; of an empty blob nothing can be there
             resumed = size > 0 and partial.missing() != [Range(0, size)]
@@ -462,11 +481,24 @@ class Jobs:
         self._transfers.close()
 
 
+def _opened(store: Store, job: Job) -> PartialBlob:
+    """What there is of the blob; its chunks are as large as those whose digests are known."""
+    digest = job.layer.descriptor.digest
+    known = None if job.chunks is None else job.chunks.digests.of(digest)
+    size = None if known is None else known.chunk_size
+    partial = store.open_partial(job.layer, job.trusted_name, size)
+    if job.chunks is not None and known is not None and not partial.expect(known, job.chunks.name):
+        logger.info("blob %s was begun in other chunks than those with digests", digest)
+    return partial
+
+
 async def _verified(job: Job, partial: PartialBlob) -> bool:
     """Hash what comes, in order, in a thread only while something comes."""
     while True:
         right = await run_stoppable(lambda stop: partial.verify(stop, _IDLE_SECONDS))
         if right is not None:
             return right
+        # what was there before, and proved wrong, is fetched again
+        job.look_again()
         while not partial.has(partial.hashing):
             await job.change()

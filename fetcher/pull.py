@@ -37,6 +37,7 @@ from fetcher.threads import run_stoppable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fetcher.chunk_lists import ChunkLists, KnownList
     from fetcher.credentials import Keychain
     from fetcher.jobs import Job, Jobs
     from fetcher.modelpack import Layer
@@ -96,6 +97,8 @@ class Pull:
         self.finished = trio.Event()
         self.tree: ModelTree | None = None
         self.failure: Exception | None = None
+        self.chunks: KnownList | None = None
+        """What proves single chunks, once it was looked for."""
         self.jobs: dict[Digest, Job] = {}
         self.complete: set[Digest] = set()
         self.sizes = {
@@ -126,7 +129,11 @@ class Pull:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Where its blobs are fetched from, one for each name, in the order of asking."""
-        return tuple(self._sources.values())
+        known = self.chunks
+        return tuple(
+            replace(source, chunks=known) if known is not None and known.name == name else source
+            for name, source in self._sources.items()
+        )
 
     async def wait(self) -> ModelTree:
         """Wait for the tree. Raises what the pull failed with; leaving does not stop the pull."""
@@ -186,8 +193,10 @@ class Pulls:
         jobs: Jobs,
         settings: PullSettings,
         nursery: trio.Nursery,
+        lists: ChunkLists | None = None,
     ) -> None:
-        """Pulls run in ``nursery``."""
+        """Pulls run in ``nursery``; chunks are proven when they come where ``lists`` has a list."""
+        self._lists = lists
         self._store = store
         self._jobs = jobs
         self._settings = settings
@@ -367,6 +376,9 @@ class Pulls:
 
     async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
         """Fetch and unpack layers, several at a time. The first failure stops the others."""
+        if missing and self._lists is not None:
+            first, model = pull.sources[0], replace(pull.resolved.model, layers=tuple(missing))
+            pull.chunks = await self._lists.find(first.reference, model, first.keychain)
 
         async def fetch(layer: Layer) -> None:
             await self._fetch_layer(pull, layer)

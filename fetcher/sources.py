@@ -186,6 +186,12 @@ class BlobSources:
         self._contributors.add(host)
         self._failures.pop(host, None)
 
+    def lied(self, host: str, now: float) -> None:
+        """A chunk that came from there was wrong: it is asked no more for this blob."""
+        self._lacking.add(host)
+        self._contributors.discard(host)
+        self.health.lied(host, now)
+
     def moved(self) -> None:
         """The blob is asked for by another name: what mirrors lacked, they may have by that one."""
         self._lacking.clear()

@@ -12,9 +12,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from fetcher.errors import ChunkMismatch
 from fetcher.ranges import Range, join_chunks
 from fetcher.store.chunks import ChunkMap, Verdict
 from fetcher.store.disk import WritesLost, disk_error
+from fetcher.store.proving import Proving
 from fetcher.store.sinks import ChunkSink
 from fetcher.threads import Stopped
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from fetcher.chunk_digests import BlobChunks
     from fetcher.errors import ModelError
     from fetcher.oci import Digest
     from fetcher.store.places import Place
@@ -60,6 +63,9 @@ class PartialBlob:
         """The chunk that is hashed next, or is being hashed."""
         self._hashed_wrong = False
         """A chunk that was hashed has proved wrong since."""
+        self._proving: Proving | None = None
+        """What proves chunks when they come, so that they need not be hashed in order."""
+        self._trusted_name = ""
         try:
             self._chunks = ChunkMap(chunks, size, chunk_size, place.form)
             try:
@@ -123,6 +129,22 @@ class PartialBlob:
         """
         with self._map_errors():
             self._chunks.trust(name)
+        self._trusted_name = name
+
+    def expect(self, chunks: BlobChunks | None, name: str = "") -> bool:
+        """Check each chunk that comes from now on; whether the chunk digests are of use here.
+
+        They are from the registry and repository ``name``, and what they prove is trusted as a part
+        of that name. None: do not any more, as they proved wrong; everything is hashed then.
+        """
+        fits = chunks is not None and (chunks.digest, chunks.size, chunks.chunk_size) == (
+            self.digest,
+            self.size,
+            self.chunk_size,
+        )
+        self._proving = Proving(chunks, name) if chunks is not None and fits else None
+        self.verify_anew()
+        return fits
 
     def fill(self, number: int) -> tuple[int, bool]:
         """How many bytes of a chunk that is not there have been written, and whether framed."""
@@ -155,9 +177,15 @@ class PartialBlob:
                     self._hash_anew()
                 if not self._wait_for(self._hashing, stop, patience):
                     return None
-                if not self._hash(self._hashing, buffer, stop):
+                if self._proving is not None:
+                    if not self._recheck(self._proving, self._hashing, buffer, stop):
+                        continue
+                elif not self._hash(self._hashing, buffer, stop):
                     return False  # the file is shorter than its map says
                 self._hashing += 1
+        proving = self._proving
+        if proving is not None:
+            return proving.is_complete
         return self._hasher.hexdigest() == self.digest.hex
 
     @property
@@ -177,20 +205,45 @@ class PartialBlob:
     def _hash(self, number: int, buffer: memoryview, stop: threading.Event) -> bool:
         """Hash one chunk that is there, if all of it is there, and move it where it belongs."""
         chunk, framed = self.chunk(number), self._chunks.is_framed(number)
-        offset = chunk.start
-        while offset < chunk.stop:
+        left = len(chunk)
+        for block in self._blocks(number, buffer, framed=framed):
             if stop.is_set():
                 self.verify_anew()
                 raise Stopped
-            wanted = buffer[: chunk.stop - offset]
-            read = self._place.read(offset, wanted, framed=framed)
-            if read == 0:
-                return False
-            self._hasher.update(wanted[:read])
-            offset += read
+            self._hasher.update(block)
+            left -= len(block)
+        if left:
+            return False
         if framed:
             self._settle(number, chunk)
         return True
+
+    def _recheck(
+        self, proving: Proving, number: int, buffer: memoryview, stop: threading.Event
+    ) -> bool:
+        """Whether a chunk that is there was proven, or is; one that is wrong is dropped."""
+        framed = self._chunks.is_framed(number)
+        if not proving.has(number):
+            if stop.is_set():
+                raise Stopped
+            if not proving.check(number, self._blocks(number, buffer, framed=framed)):
+                self.drop(number)
+                return False
+        if framed:
+            self._settle(number, self.chunk(number))
+        return True
+
+    def _blocks(self, number: int, buffer: memoryview, *, framed: bool) -> Iterator[memoryview]:
+        """What has been written of a chunk, in order, in one buffer that is used again."""
+        chunk = self.chunk(number)
+        offset = chunk.start
+        while offset < chunk.stop:
+            wanted = buffer[: chunk.stop - offset]
+            read = self._place.read(offset, wanted, framed=framed)
+            if read == 0:
+                return
+            yield wanted[:read]
+            offset += read
 
     def _settle(self, number: int, chunk: Range) -> None:
         """Move a framed chunk where it belongs; a kill in between finds it in the frame still."""
@@ -299,16 +352,33 @@ class PartialBlob:
     def mark(self, number: int, *, framed: bool, trusted: bool = False) -> None:
         """Say that a chunk has been written, and have the kernel start to put it on the disk.
 
-        Raises :class:`ModelError`.
+        Where chunk digests are expected, its bytes are checked first: raises
+        :class:`ChunkMismatch` if they are wrong, and they are not there then. Raises other
+        :class:`ModelError`.
         """
         chunk = self.chunk(number)
         with self._map_errors():
+            trusted |= self._prove(number, framed=framed)
             self._chunks.mark(number, framed=framed, trusted=trusted)
             self._place.arrived(chunk, framed=framed)
         with self._arrival:
             self.done += len(chunk)
             self._arrival.notify_all()
         self._tell(number)
+
+    def _prove(self, number: int, *, framed: bool) -> bool:
+        """Check what was written of a whole chunk: whether it is trusted by that."""
+        proving = self._proving
+        if proving is None:
+            return False
+        buffer = memoryview(bytearray(min(_VERIFY_BYTES, self.size)))
+        if proving.check(number, self._blocks(number, buffer, framed=framed)):
+            return proving.name == self._trusted_name
+        self._chunks.set_fill(number, 0, framed=False)
+        raise ChunkMismatch(
+            f"what came for chunk {number} of blob {self.digest} is not what its digest says",
+            digest=self.digest,
+        )
 
     def mark_trusted(self, number: int) -> None:
         """Say that a trusted source sent what is there of a chunk. Raises :class:`ModelError`."""
@@ -324,6 +394,8 @@ class PartialBlob:
         with self._map_errors(), self._moves:
             framed = self._chunks.is_framed(number)
             self._chunks.unmark(number)
+            if self._proving is not None:
+                self._proving.forget(number)
         with self._arrival:
             self.done -= len(self.chunk(number))
             self._hashed_wrong |= number <= self._hashing

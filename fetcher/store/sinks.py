@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fetcher.errors import ChunkMismatch
 from fetcher.ranges import Range
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ class ChunkSink:
 
         Changes with who is asked; a chunk is trusted if all of its bytes were.
         """
+        self.sender = ""
+        """Who sends the bytes that come next."""
+        self._senders: set[str] = set()
+        """Who sent those of the current chunk that were written."""
         self._blob = blob
         self._position = wanted.start
         self._stop = wanted.stop
@@ -36,6 +41,8 @@ class ChunkSink:
         if into:
             fill, self._framed = blob.fill(number)
             self._all_trusted = blob.is_fill_trusted(number)
+            # begun before, by nobody knows whom
+            self._senders.add("")
             if into != fill:
                 raise ValueError(f"{wanted} starts neither at a chunk's start nor at its rest")
 
@@ -71,6 +78,7 @@ class ChunkSink:
                 self._compare(number, chunk, piece)
             if not self._there:
                 self._blob.write(self._position, piece, framed=self._framed)
+                self._senders.add(self.sender)
             self._position += len(piece)
             self._tell(number, chunk)
             view = view[len(piece) :]
@@ -78,6 +86,7 @@ class ChunkSink:
 
     def _begin(self, number: int) -> None:
         self._there, self._all_trusted = self._blob.has(number), True
+        self._senders.clear()
         if not self._there:
             if self._blob.fill(number)[0]:
                 # begun before, perhaps elsewhere: what is said of it must not outlive that
@@ -108,7 +117,16 @@ class ChunkSink:
             if whole and trusted and not blob.is_trusted(number):
                 blob.mark_trusted(number)
         elif whole:
-            blob.mark(number, framed=self._framed, trusted=trusted)
+            self._mark(number, chunk, trusted=trusted)
         else:
             fill = self._position - chunk.start
             blob.set_fill(number, fill, framed=self._framed, trusted=trusted)
+
+    def _mark(self, number: int, chunk: Range, *, trusted: bool) -> None:
+        try:
+            self._blob.mark(number, framed=self._framed, trusted=trusted)
+        except ChunkMismatch as error:
+            # all of it comes again, from one who can be told
+            self._position = chunk.start
+            error.sole = len(self._senders) == 1
+            raise

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from fetcher.artifacts import FileEntry, HardLinkEntry, Tree
+from fetcher.chunk_sizes import chunk_size_for
 from fetcher.errors import InProgress, ModelError
 from fetcher.modelpack import Packing
 from fetcher.store.blobs import PartialBlob
@@ -42,13 +43,6 @@ if TYPE_CHECKING:
 
 NO_CAP: Final = Limits()
 """As much as the disk has, but for a floor."""
-
-
-_TAR_CHUNKS: Final = 128
-"""Of a tar layer, at least: one of them lies on the disk twice for the moment of being moved."""
-
-_LEAST_CHUNK: Final = 64 * 1024
-_BLOCK: Final = 4096
 
 
 class Store:
@@ -136,10 +130,13 @@ class Store:
             return True
         return (self._files_path(layer.descriptor.digest) / FRAME).exists()
 
-    def open_partial(self, layer: Layer, name: str = "") -> PartialBlob:
+    def open_partial(
+        self, layer: Layer, name: str = "", chunk_size: int | None = None
+    ) -> PartialBlob:
         """Open what is there of an incomplete blob, to fill it, in a worker thread.
 
-        What is trusted of it is what came by ``name``. Raises :class:`ModelError`.
+        What is trusted of it is what came by ``name``. One that is begun gets chunks of
+        ``chunk_size`` bytes, where that takes no more room than usual. Raises :class:`ModelError`.
         """
         blob = layer.descriptor
         path, chunks = self.blob_path(blob.digest), self._chunks_path(blob.digest)
@@ -153,11 +150,9 @@ class Store:
         is_tar = layer.packing is Packing.TAR
         grow = self.room(blob.digest).grow
         place: Place = TarFiles(path, grow) if is_tar else WholeFile(path)
-        chunk_size = self._chunk_size
-        if is_tar:
-            # of whole blocks of the disk: at every other edge one would stay in the frame
-            part = blob.size // _TAR_CHUNKS // _BLOCK * _BLOCK
-            chunk_size = max(min(chunk_size, part), _LEAST_CHUNK)
+        usual = chunk_size_for(layer, self._chunk_size)
+        if chunk_size is None or (is_tar and chunk_size > usual):
+            chunk_size = usual
         partial = PartialBlob(place, chunks, blob.digest, blob.size, chunk_size)
         try:
             partial.trust(name)

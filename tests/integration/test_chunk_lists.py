@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from fetcher.chunk_digests import CHUNK_SIZE_KEY, LIST_TYPE, ChunkDigests
-from fetcher.chunk_lists import ChunkLists
+from fetcher.chunk_digests import CHUNK_SIZE_KEY, LIST_TYPE
+from fetcher.chunk_lists import ChunkLists, KnownList
 from fetcher.indexing import Indexing
 from fetcher.modelpack import read_model
 from fetcher.oci import IMAGE_INDEX, Digest, Reference
@@ -109,7 +109,7 @@ def push_list(
 
 
 def find(reference: str, builder: ModelBuilder) -> Callable[[ChunkLists, Store], Awaitable[Any]]:
-    async def work(lists: ChunkLists, store: Store) -> ChunkDigests | None:
+    async def work(lists: ChunkLists, store: Store) -> KnownList | None:
         model = read_model(builder.manifest())
         return await lists.find(Reference.parse(reference), model, NOBODY)
 
@@ -127,11 +127,12 @@ def test_a_list_is_found_once_and_kept(
     async def twice(lists: ChunkLists, store: Store) -> None:
         faulty.requests.clear()
         found = await find(reference, builder)(lists, store)
-        assert found.encode() == body
+        assert found.digests.encode() == body
+        assert found.name == Reference.parse(reference).name
         asked = len(faulty.requests)
         assert asked == 4
         again = await find(reference, builder)(lists, store)
-        assert again.encode() == body
+        assert again == found
         assert lists.known(Reference.parse(reference), read_model(builder.manifest())) == again
         # another name's list is its own: nobody has said that those who push there are believed
         other = faulty.reference("lists/other", "v1")
@@ -140,7 +141,7 @@ def test_a_list_is_found_once_and_kept(
     run(tmp_path, twice)
     faulty.requests.clear()
     # a restart asks nobody, and needs no network
-    assert run(tmp_path, find(reference, builder)).encode() == body
+    assert run(tmp_path, find(reference, builder)).digests.encode() == body
     assert not faulty.requests
 
 
@@ -172,9 +173,9 @@ def test_of_several_lists_the_one_with_the_nodes_chunks_is_taken(
     builder = weights(5 * CHUNK)
     reference = builder.push(registry, "lists/several", "v1")
     index(reference, builder, 2 * CHUNK)
-    assert run(tmp_path / "one", find(reference, builder)).chunk_size == 2 * CHUNK
+    assert run(tmp_path / "one", find(reference, builder)).digests.chunk_size == 2 * CHUNK
     index(reference, builder, CHUNK)
-    assert run(tmp_path / "two", find(reference, builder)).chunk_size == CHUNK
+    assert run(tmp_path / "two", find(reference, builder)).digests.chunk_size == CHUNK
 
 
 def test_a_bad_list_is_none(
@@ -264,7 +265,9 @@ def test_a_list_that_the_registry_contradicts_is_not_looked_for_again(
 
     async def work(lists: ChunkLists, store: Store) -> None:
         assert await find(reference, builder)(lists, store) is not None
-        lists.contradicted(Reference.parse(reference), builder.digest)
+        known = lists.known(Reference.parse(reference), read_model(builder.manifest()))
+        assert known is not None
+        known.contradicted()
         assert await find(reference, builder)(lists, store) is None
 
     run(tmp_path, work)

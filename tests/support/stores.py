@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fetcher.chunk_lists import ChunkLists
 from fetcher.credentials import Anonymous
 from fetcher.download import DownloadSettings
 from fetcher.jobs import Jobs
@@ -47,6 +48,8 @@ _NAME_EVENTS = frozenset(
     {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 )
 """What Python tells before it changes a name on the disk."""
+
+REGISTRIES = RegistrySettings(attempts=2, retry_seconds=5)
 
 QUICK = DownloadSettings(
     first_backoff=0.01, longest_backoff=0.05, transfer=TransferSettings(stall_timeout=5)
@@ -118,18 +121,24 @@ def set_used(store: Store, tree: ModelTree, used: float) -> None:
 
 @contextlib.asynccontextmanager
 async def pulling(
-    root: Path, limits: Limits, settings: PullSettings | None = None, chunk_size: int = CHUNK
+    root: Path,
+    limits: Limits,
+    settings: PullSettings | None = None,
+    chunk_size: int = CHUNK,
+    registries: RegistrySettings = REGISTRIES,
 ) -> AsyncIterator[tuple[Pulls, Store]]:
     """The parts of a node that pull, as the driver composes them."""
     store = Store.open(root, chunk_size, limits)
-    registry = Registry(RegistrySettings(attempts=2, retry_seconds=5))
+    registry, closing = Registry(registries), contextlib.ExitStack()
     try:
         async with trio.open_nursery() as nursery:
             jobs = Jobs(store, registry, QUICK, nursery)
-            yield Pulls(store, registry, jobs, settings or PullSettings(), nursery), store
+            closing.callback(jobs.close)
+            lists = ChunkLists(store, registry, chunk_size)
+            yield Pulls(store, registry, jobs, settings or PullSettings(), nursery, lists), store
             nursery.cancel_scope.cancel()
-        jobs.close()
     finally:
+        closing.close()
         with trio.CancelScope(shield=True):
             await registry.aclose()
         store.close()

@@ -1,0 +1,42 @@
+"""Which chunks of a blob on its way were proven by digests of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fetcher.chunk_digests import BlobChunks
+
+
+class Proving:
+    """What chunk digests have proven of a blob, in this process.
+
+    Several threads may check different chunks at the same time.
+    """
+
+    def __init__(self, chunks: BlobChunks, name: str) -> None:
+        """``name`` is the registry and repository that the digests are from."""
+        self.name = name
+        self._chunks = chunks
+        self._proven = bytearray(chunks.count)
+
+    def check(self, number: int, blocks: Iterable[bytes | memoryview]) -> bool:
+        """Whether these bytes are the chunk; it is proven then."""
+        right = self._chunks.check(number, blocks)
+        self._proven[number] = right
+        return right
+
+    def has(self, number: int) -> bool:
+        """Whether a chunk was proven."""
+        return bool(self._proven[number])
+
+    def forget(self, number: int) -> None:
+        """A chunk is not what it was."""
+        self._proven[number] = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks were, so that the blob's own digest is proven."""
+        return all(self._proven)
