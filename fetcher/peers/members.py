@@ -37,6 +37,8 @@ class Members:
         """Whether this node is one of the members, so that others ask it."""
         self.version = 0
         """Another one after each change."""
+        self.nearby: list[Member] = []
+        """The other members in this node's zone."""
         self._members: dict[str, Member] = {}
         self._owners: OrderedDict[str, Owners] = OrderedDict()
 
@@ -61,6 +63,11 @@ class Members:
         self._members = found
         self.serves = mine is not None
         self.myself = mine or Member(name, "", self._given_zone)
+        self.nearby = [
+            one
+            for one in found.values()
+            if one.zone == self.myself.zone and one.name != self.myself.name
+        ]
         self._owners.clear()
         self.version += 1
 
@@ -73,13 +80,6 @@ class Members:
         """The other member of this name, if there is one."""
         found = self._members.get(name)
         return found if found != self.myself else None
-
-    def nearby(self) -> list[Member]:
-        """The other members in this node's zone."""
-        mine = self.myself
-        return [
-            one for one in self._members.values() if one.zone == mine.zone and one.name != mine.name
-        ]
 
     def owners(self, blob: Digest | str) -> Owners:
         """The owners of a blob's chunks."""

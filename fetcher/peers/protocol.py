@@ -25,6 +25,13 @@ LAYER: Final = "Model-CSI-Layer"
 """Of a request: the media type that the manifest gives the blob, by which it is laid out."""
 CHUNK: Final = "Model-CSI-Chunk"
 """Of a request: the bytes of a chunk for who asks; its chunks are what owners are dealt."""
+READY: Final = "Model-CSI-Ready"
+"""Of a request: only what is there whole is wanted, neither filled in nor passed on as it arrives.
+
+So the rest of a chunk that is here in part is asked for: its two halves must not wait for each other.
+"""
+SPARE: Final = "Model-CSI-Spare"
+"""Of a request: where more uploads than this are under way, another member that has it will do."""
 HAVE: Final = "Model-CSI-Have"
 """Of an answer: which chunks of the blob are there; see :class:`Have`."""
 LOAD: Final = "Model-CSI-Load"

@@ -1,0 +1,326 @@
+"""Which chunk of a blob is asked for next, and of whom: pure policy, time is passed in.
+
+Every owner is kept busy with as many requests as every other one: then all links of a cluster are
+full. Of those chunks that may be fetched, the next is the first whose source has fewest of our
+requests; a member that has the chunk, or may have it by now, is asked where the owner has enough to
+do. What this node owns it fetches first, as others wait for it. The chunks of one owner are asked
+for in one order by all, as what arrives there is passed on to everybody meanwhile; the owners are
+asked by each node in an order of its own. Without a member that can be asked, a chunk comes from
+the mirrors and the registry, as it would without peers.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from fetcher.ranges import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from fetcher.peers.members import Members
+    from fetcher.peers.owners import Member, Owners
+    from fetcher.peers.protocol import Have
+    from fetcher.peers.standings import Standings
+
+_WINDOW: Final = 256
+"""Chunks among which one is chosen, the most urgent first."""
+_PATIENCE: Final = 30.0
+"""Seconds for which all who have a chunk may be busy, before the registry is asked."""
+_MOST_HOLDERS: Final = 4
+_GUESSES: Final = 2
+_LACKING_SECONDS: Final = 2.0
+"""How long a member that lacks a chunk is taken not to have got it."""
+_ELSEWHERE_SECONDS: Final = 0.5
+"""How long a member that named another one for a chunk is not asked for it."""
+_UNKNOWN: Final = 0.5
+"""What it costs, in requests, that a member may not have the chunk."""
+
+_LEAST_HELP: Final = 256 * 1024
+"""Bytes that are worth another request."""
+_LEAST_SECONDS: Final = 0.3
+_MOST_PARTS: Final = 4
+"""Requests that bring one chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Appetite:
+    """How many requests of the node may be under way."""
+
+    of_one_peer: int = 2
+    of_peers: int = 16
+    of_registry: int = 3
+    """For chunks that this node owns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One chunk, and whom to ask: a member, or mirrors and registry where there is none."""
+
+    chunk: int
+    member: Member | None
+
+
+@dataclass(eq=False)
+class Flow:
+    """A request for a chunk, or for a part of it, that is under way."""
+
+    pick: Pick
+    since: float
+    got: int = 0
+    """Bytes that it has brought."""
+    left: int = 0
+    """Bytes that it is still to bring."""
+
+    def look(self) -> None:
+        """Bring the figures up to date."""
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """The last ``bytes`` of what a request is to bring are to come from somebody else instead."""
+
+    flow: Flow
+    member: Member
+    bytes: int
+
+
+@dataclass(slots=True)
+class BlobChoice:
+    """The choices for one blob. Belongs to the trio thread."""
+
+    blob: str
+    chunk_size: int
+    size: int
+    members: Members
+    standings: Standings
+    appetite: Appetite = field(default_factory=Appetite)
+    contributors: dict[int, set[str]] = field(default_factory=dict)
+    """By chunk, the members that sent some of it."""
+    _version: int = -1
+    _owners: Owners | None = None
+    _lines: dict[int, tuple[Member, ...]] = field(default_factory=dict)
+    _haves: dict[str, Have] = field(default_factory=dict)
+    _named: dict[int, list[str]] = field(default_factory=dict)
+    """By chunk, members of which others say that they have it."""
+    _lacking: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Until when members are not asked for chunks that they lack."""
+    _elsewhere: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Until when members are not asked for chunks for which they named somebody else."""
+    _waiting_since: dict[int, float] = field(default_factory=dict)
+
+    # -- the next one ------------------------------------------------------------------------------
+
+    def next(self, chunks: Iterable[int], now: float) -> Pick | None:
+        """The next chunk of ``chunks``, best first, and whom to ask; None while all have to wait."""
+        self._refresh()
+        best: Pick | None = None
+        least = float("inf")
+        for chunk in islice(chunks, _WINDOW):
+            line = self.line(chunk)
+            if not line and self._may_ask_registry():
+                return Pick(chunk, None)
+            found = self._source(chunk, line, now)
+            if found is None:
+                continue
+            cost = self._cost(found.member, line) if found.member else _WINDOW
+            if cost < least:
+                best, least = found, cost
+        return best
+
+    def at_once(self, chunk: int, now: float, excepted: Iterable[str] = ()) -> Pick | None:
+        """Whom to ask for a chunk that waits for nothing; None while all who have it are busy."""
+        self._refresh()
+        line = self.line(chunk)
+        able = [one for one in self._able(chunk, line, now) if one.name not in excepted]
+        ready = [one for one in able if self._is_ready(one, chunk, now)]
+        if not able:
+            return Pick(chunk, None)
+        if not ready:
+            return Pick(chunk, None) if self._has_waited(chunk, now) else None
+        return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)))
+
+    def _source(self, chunk: int, line: tuple[Member, ...], now: float) -> Pick | None:
+        """Whom to ask for one chunk, if anybody can be asked now."""
+        able = self._able(chunk, line, now)
+        if not able:
+            # as if there were no peers
+            return Pick(chunk, None) if self._may_ask_registry() else None
+        if self.standings.under_way >= self.appetite.of_peers:
+            return None
+        ready = [one for one in able if self._is_ready(one, chunk, now) and self._is_free(one)]
+        if not ready:
+            ready = self._guesses(chunk, line, now)
+        if ready:
+            return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)))
+        if not any(self._is_ready(one, chunk, now) for one in able):
+            return Pick(chunk, None) if self._has_waited(chunk, now) else None
+        return None
+
+    def _able(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
+        """Who is to be asked: the first of the line that is there, and who has it as it seems."""
+        first = next((one for one in line if self._may_ask(one, chunk, now)), None)
+        holders = self._holders(chunk, line, now)
+        return holders if first is None else [first, *holders]
+
+    def _holders(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
+        """Some members of this zone that have the chunk, as they or others said."""
+        wanted = self.range(chunk)
+        names = [*self._named.get(chunk, ())]
+        names += [name for name, have in self._haves.items() if have.has(wanted)]
+        found: list[Member] = []
+        for name in dict.fromkeys(names):
+            one = self.members.find(name)
+            if one is not None and one not in line and self._may_ask(one, chunk, now):
+                found.append(one)
+        mine = self.members.myself.zone
+        found = [one for one in found if one.zone == mine]
+        return sorted(found, key=lambda one: self._cost(one, line))[:_MOST_HOLDERS]
+
+    def _guesses(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
+        """Members that may have got the chunk meanwhile: they say quickly if they have not."""
+        nearby = self.members.nearby
+        tried = [random.choice(nearby) for _ in range(_GUESSES)] if nearby else []  # noqa: S311 - no secret
+        return [
+            one
+            for one in tried
+            if one not in line
+            and self._may_ask(one, chunk, now)
+            and self._is_ready(one, chunk, now)
+            and self._is_free(one)
+        ]
+
+    def _may_ask(self, member: Member, chunk: int, now: float) -> bool:
+        lacks = self._lacking.get((member.name, chunk), now) > now
+        standings, name = self.standings, member.name
+        return not lacks and standings.is_usable(name, now) and not standings.is_slow(name, now)
+
+    def _is_ready(self, member: Member, chunk: int, now: float) -> bool:
+        sent_away = self._elsewhere.get((member.name, chunk), now) > now
+        return not sent_away and not self.standings.is_busy(member.name, now)
+
+    def _is_free(self, member: Member) -> bool:
+        return self.standings.of(member.name).under_way < self.appetite.of_one_peer
+
+    def _may_ask_registry(self) -> bool:
+        return self.standings.of_registry < self.appetite.of_registry
+
+    def _has_waited(self, chunk: int, now: float) -> bool:
+        return now - self._waiting_since.setdefault(chunk, now) >= _PATIENCE
+
+    def _cost(self, member: Member, line: Sequence[Member]) -> float:
+        """The less we ask of it, and the less it has to do at all, the better."""
+        one = self.standings.of(member.name)
+        sure = member in line or member.name in self._haves
+        turn = zlib.crc32(f"{self.members.myself.name} {member.name}".encode()) / 2**32
+        return one.under_way + one.load / 64 + (0.0 if sure else _UNKNOWN) + turn / 256
+
+    # -- help with what takes long -----------------------------------------------------------------
+
+    def help(self, flows: Sequence[Flow], now: float) -> Help | None:
+        """With nothing left to be asked for: who helps with what would take longest.
+
+        The helper brings the end of what a request was to bring, so that no byte comes twice.
+        """
+        self._refresh()
+        if self.standings.under_way >= self.appetite.of_peers:
+            return None
+        paces = {flow: flow.got / max(now - flow.since, _LEAST_SECONDS) for flow in flows}
+        typical = sum(paces.values()) / len(paces) if paces else 0.0
+        waits = {
+            flow: flow.left / max(pace, 1.0)
+            for flow, pace in paces.items()
+            if flow.left >= _LEAST_HELP and now - flow.since >= _LEAST_SECONDS
+        }
+        for flow, seconds in sorted(waits.items(), key=lambda item: -item[1]):
+            if seconds < _LEAST_SECONDS:
+                break
+            member = self._helper(flow, flows, now)
+            if member is not None:
+                pace = paces[flow]
+                share = typical / (typical + pace) if pace else 1.0
+                return Help(flow, member, int(flow.left * share))
+        return None
+
+    def _helper(self, flow: Flow, flows: Sequence[Flow], now: float) -> Member | None:
+        chunk = flow.pick.chunk
+        line = self.line(chunk)
+        asked = [one.pick.member for one in flows if one.pick.chunk == chunk]
+        if not line or len(asked) >= _MOST_PARTS:
+            return None
+        able = self._able(chunk, line, now) + self._guesses(chunk, line, now)
+        able = [
+            one
+            for one in able
+            if one not in asked and self._is_ready(one, chunk, now) and self._is_free(one)
+        ]
+        return min(able, key=lambda one: self._cost(one, line), default=None)
+
+    # -- what happened -----------------------------------------------------------------------------
+
+    def began(self, pick: Pick) -> None:
+        """A request goes out."""
+        if pick.member is None:
+            self.standings.of_registry += 1
+        else:
+            self.standings.began(pick.member.name)
+
+    def ended(self, pick: Pick) -> None:
+        """It ended, however."""
+        if pick.member is None:
+            self.standings.of_registry -= 1
+        else:
+            self.standings.ended(pick.member.name)
+
+    def brought(self, chunk: int, member: Member) -> None:
+        """Some bytes of the chunk came from there."""
+        self.contributors.setdefault(chunk, set()).add(member.name)
+
+    def came(self, chunk: int) -> None:
+        """The chunk is there."""
+        self._named.pop(chunk, None)
+        self._waiting_since.pop(chunk, None)
+
+    def told(self, member: Member, have: Have) -> None:
+        """The member has these chunks."""
+        self._haves[member.name] = have
+
+    def named(self, member: Member, chunk: int, other: str, now: float) -> None:
+        """The member has much to do, and says who else has the chunk."""
+        self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
+        names = self._named.setdefault(chunk, [])
+        if other not in names:
+            names.insert(0, other)
+            del names[_MOST_HOLDERS:]
+
+    def lacks(self, member: Member, chunk: int, now: float) -> None:
+        """The member does not have the chunk, and does not fetch it."""
+        self._lacking[member.name, chunk] = now + _LACKING_SECONDS
+        if member.name in self._named.get(chunk, ()):
+            self._named[chunk].remove(member.name)
+
+    # -- chunks ------------------------------------------------------------------------------------
+
+    def range(self, chunk: int) -> Range:
+        """The bytes of a chunk."""
+        start = chunk * self.chunk_size
+        return Range(start, min(start + self.chunk_size, self.size))
+
+    def line(self, chunk: int) -> tuple[Member, ...]:
+        """Whom this node is to ask for a chunk, in turn; nobody where it is the chunk's home."""
+        found = self._lines.get(chunk)
+        if found is None or self._version != self.members.version:
+            self._refresh()
+            owners = self._owners or self.members.owners(self.blob)
+            found = self._lines[chunk] = owners.asked_by(self.members.myself, chunk)
+        return found
+
+    def _refresh(self) -> None:
+        if self._version != self.members.version:
+            self._version = self.members.version
+            self._owners = self.members.owners(self.blob)
+            self._lines.clear()

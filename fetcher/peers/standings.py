@@ -1,0 +1,198 @@
+"""What this node knows of its peers: how they answer, how fast, and whether they are to be asked.
+
+Pure state; no I/O, time is passed in. Peers are an optimisation: one that fails rests, twice as
+long each time; one that is busy is left alone as long as it says; one whose bytes proved wrong is
+banned; one that is much slower than the others is passed over for a while, and then tried again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_FIRST_REST: Final = 1.0
+_LONGEST_REST: Final = 60.0
+_BAN: Final = 600.0
+_LONGEST_BUSY: Final = 30.0
+_DEFAULT_BUSY: Final = 1.0
+_SLOW_REST: Final = 15.0
+_MUCH_SLOWER: Final = 6.0
+_LEAST_JUDGED: Final = 3.0
+"""Seconds of a transfer from which on its speed says something."""
+_NEWEST: Final = 0.3
+"""The part that the newest measurement has in what is believed."""
+_MAX_PEERS: Final = 20_000
+_NEVER: Final = float("-inf")
+
+
+@dataclass(slots=True)
+class Standing:
+    """One peer. Times are those of the clock that callers pass in."""
+
+    under_way: int = 0
+    """Our requests to it."""
+    load: int = 0
+    """Uploads of which it told last, to whomever."""
+    latency: float = 0.0
+    """Seconds to the first byte."""
+    capacity: float = 0.0
+    """Bytes per second that it sends to all who ask, as far as can be told; 0 while unknown."""
+    failures: int = 0
+    failed_at: float = _NEVER
+    rests_until: float = _NEVER
+    busy_until: float = _NEVER
+    slow_until: float = _NEVER
+    slow_times: int = 0
+    banned_until: float = _NEVER
+    wrong: int = 0
+    """How often its bytes proved wrong."""
+
+
+@dataclass(slots=True)
+class Standings:
+    """All peers, and the registries to compare them with. Belongs to the trio thread."""
+
+    registry_speed: float = 0.0
+    """Bytes per second of one transfer from mirrors or a registry; 0 while unknown."""
+    under_way: int = 0
+    """Our requests to all peers."""
+    of_registry: int = 0
+    """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What happened, for those who look: requests, failures, busy, slow, banned."""
+    _peers: dict[str, Standing] = field(default_factory=dict)
+
+    def of(self, name: str) -> Standing:
+        """What is known of a peer."""
+        found = self._peers.get(name)
+        if found is None:
+            found = self._peers[name] = Standing()
+            if len(self._peers) > _MAX_PEERS:
+                del self._peers[next(iter(self._peers))]
+        return found
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Forget who is no member any more, unless it is banned or asked at present."""
+        kept = set(names)
+        self._peers = {
+            name: one
+            for name, one in self._peers.items()
+            if name in kept or one.wrong or one.under_way
+        }
+
+    def is_usable(self, name: str, now: float) -> bool:
+        """Whether the peer may be asked at all; it may be busy."""
+        one = self._peers.get(name)
+        return one is None or now >= max(one.rests_until, one.banned_until)
+
+    def is_busy(self, name: str, now: float) -> bool:
+        """Whether it asked to be left alone for a moment."""
+        one = self._peers.get(name)
+        return one is not None and now < one.busy_until
+
+    def is_slow(self, name: str, now: float) -> bool:
+        """Whether it is passed over as others are much faster."""
+        one = self._peers.get(name)
+        return one is not None and now < one.slow_until
+
+    def began(self, name: str) -> None:
+        """A request to it begins."""
+        self.of(name).under_way += 1
+        self.under_way += 1
+        self.counts["requests"] += 1
+
+    def ended(self, name: str) -> None:
+        """It ended, however."""
+        self.of(name).under_way -= 1
+        self.under_way -= 1
+
+    def told(self, name: str, load: int) -> None:
+        """So many uploads are under way there."""
+        self.of(name).load = load
+
+    def answered(self, name: str, seconds: float) -> None:
+        """Its first byte took so long; what it rested for is forgiven."""
+        one = self.of(name)
+        one.failures = 0
+        one.latency = seconds if not one.latency else _blend(one.latency, seconds)
+
+    def measured(self, name: str | None, got: int, seconds: float) -> None:
+        """A transfer brought ``got`` bytes in ``seconds``; from a registry where there is no name.
+
+        What a peer sends to one of many says how much it sends to all.
+        """
+        if seconds <= 0 or not got:
+            return
+        speed = got / seconds
+        if name is None:
+            self.registry_speed = _blend(self.registry_speed or speed, speed)
+            return
+        one = self.of(name)
+        capacity = speed * max(one.load, one.under_way, 1)
+        one.capacity = _blend(one.capacity or capacity, capacity)
+
+    def judge(self, name: str, got: int, seconds: float, now: float) -> bool:
+        """Whether a transfer under way shows a peer that is much slower than others.
+
+        Such a peer is passed over for a while, longer each time.
+        """
+        if seconds < _LEAST_JUDGED:
+            return False
+        one = self.of(name)
+        capacity = got / seconds * max(one.load, one.under_way, 1)
+        if capacity * _MUCH_SLOWER >= self._usual():
+            return False
+        if now >= one.slow_until:
+            one.slow_times += 1
+            self.counts["slow"] += 1
+            one.slow_until = now + _SLOW_REST * 2.0 ** min(one.slow_times - 1, 4)
+        one.capacity = min(one.capacity or capacity, capacity)
+        return True
+
+    def _usual(self) -> float:
+        """What a source is expected to send, in bytes per second; 0 while that is not known."""
+        known = [one.capacity for one in self._peers.values() if one.capacity]
+        median = statistics.median(known) if len(known) > 1 else 0.0
+        return max(median, self.registry_speed)
+
+    def spare(self, names: Iterable[str]) -> int:
+        """More uploads than this a peer among these need not have: there are less busy ones."""
+        loads = [one.load for name in names if (one := self._peers.get(name)) is not None]
+        return round(sum(loads) / max(len(loads), 1)) + 1
+
+    def failed(self, name: str, now: float, started: float) -> float:
+        """A request that began at ``started`` failed by the peer's fault. How long it rests.
+
+        Several that were under way together and failed together count once.
+        """
+        one = self.of(name)
+        self.counts["failures"] += 1
+        if started >= one.failed_at:
+            one.failures += 1
+            one.failed_at = now
+            rest = min(_FIRST_REST * 2.0 ** (one.failures - 1), _LONGEST_REST)
+            one.rests_until = max(one.rests_until, now + rest)
+        return max(one.rests_until - now, 0.0)
+
+    def busy(self, name: str, now: float, retry_after: float | None) -> None:
+        """It has no room for another upload, and says for how long."""
+        pause = _DEFAULT_BUSY if retry_after is None else min(retry_after, _LONGEST_BUSY)
+        self.of(name).busy_until = now + pause
+        self.counts["busy"] += 1
+
+    def lied(self, name: str, now: float) -> float:
+        """Bytes that it sent proved wrong. How long it is banned."""
+        one = self.of(name)
+        one.wrong += 1
+        self.counts["banned"] += 1
+        one.banned_until = now + _BAN * 2.0 ** min(one.wrong - 1, 8)
+        return one.banned_until - now
+
+
+def _blend(known: float, newest: float) -> float:
+    return known + _NEWEST * (newest - known)
