@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from tests.bench.graph import Axis, Line, draw
 from tests.bench.models import Case, push
 from tests.support.cluster import Cluster, Model, Node, Race, cluster
+from tests.support.commands import wait_until
 from tests.support.networks import NODE_MBIT
 from tests.support.processors import Busy
 from tests.support.registry import serve_registry
@@ -33,6 +34,7 @@ _NODES: Final = 8
 _VOID: Final = 0.8
 """Above this part of the processors a run measures Python, and says nothing of the design."""
 _TRIES: Final = 3
+_FILL_SECONDS: Final = 300.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Scenario:
     name: str
     nodes: int = _NODES
     peers: bool = True
+    lazy: bool = False
+    """Whether it is over for a node with the first byte that a pod reads, anywhere."""
     zones: tuple[str, ...] = ("a",)
     prepare: Callable[[Cluster, list[Node], str], list[Node]] | None = None
     """Gives the nodes that take part, when something happened to the others before."""
@@ -99,8 +103,12 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario) -> Outcome:
                     node.driver.end(signal.SIGKILL)
 
         egress, busy = made.egress, Busy()
-        race = Race(nodes, lambda node: node.publish(reference))
+        race = Race(nodes, lambda node: _take_part(node, reference, lazy=scenario.lazy))
         race.run(disturb)
+        if scenario.lazy:
+            # the rest comes by itself
+            everything = len(nodes) * model.size
+            wait_until(lambda: sum(map(Node.stored, nodes)) >= everything, "all", _FILL_SECONDS)
         part = busy.part()
         for node in nodes:
             if node not in lost:
@@ -115,6 +123,14 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario) -> Outcome:
             model.size,
             race.samples,
         )
+
+
+def _take_part(node: Node, reference: str, *, lazy: bool) -> None:
+    if lazy:
+        node.publish(reference, attributes={"mode": "lazy"})
+        node.read_byte()
+    else:
+        node.publish(reference)
 
 
 def _check(race: Race, node: Node, model: Model) -> None:
@@ -168,6 +184,7 @@ _OTHERS: Final = (
     Scenario("8 nodes, one at a tenth", disturb=_one_is_slow),
     Scenario("8 nodes, one sends wrong bytes", prepare=_one_lies),
     Scenario("8 nodes in two zones", zones=("a", "b")),
+    Scenario("8 nodes, lazy: first byte", lazy=True),
 )
 SCENARIOS: Final = (ALONE, APART, TOGETHER, *_OTHERS)
 

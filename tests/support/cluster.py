@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import random
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver
 from tests.support.networks import network
 from tests.support.proxy import Proxy, running
+from tests.support.workers import end_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +105,13 @@ class Node:
                         raise
                 else:
                     return
+
+    def read_byte(self, pod: str = "one") -> None:
+        """Read one byte anywhere in the largest file that a pod sees."""
+        path = max(self.target(pod).iterdir(), key=lambda path: path.stat().st_size)
+        with path.open("rb", buffering=0) as file:
+            file.seek(random.randrange(path.stat().st_size))  # noqa: S311 -- no secret
+            assert len(file.read(1)) == 1
 
     def unpublish(self, pod: str = "one") -> None:
         with CsiClient(self.driver.folder / "csi.sock") as kubelet:
@@ -207,6 +216,7 @@ def cluster(upstream: RegistryServer, *zones: str) -> Iterator[Cluster]:
         finally:
             for node in built.started:
                 node.driver.clear()
+                end_workers(node.root)
 
 
 @dataclass(frozen=True)
