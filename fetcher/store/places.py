@@ -9,7 +9,6 @@ neither form ever takes its size twice.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -39,11 +38,12 @@ from fetcher.store.disk import (
     write_durably,
 )
 from fetcher.store.layers import FRAME, INDEX, encode_index
+from fetcher.store.parts import Parts, open_writable
 from fetcher.store.segments import Segments
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 _BLOCK: Final = 4096
@@ -178,7 +178,7 @@ class WholeFile:
 
 def _open_sparse(path: Path, size: int) -> tuple[int, bool]:
     """An open file of ``size`` bytes, and whether it was one before. Raises :class:`OSError`."""
-    descriptor = _open_writable(path)
+    descriptor = open_writable(path)
     try:
         intact = os.fstat(descriptor).st_size == size
         if not intact:
@@ -228,6 +228,7 @@ class TarFiles:
         """
         self.path = path
         self._parts = path.with_name(path.name + ".parts")
+        self._files = Parts(self._parts)
         self._grow = grow
         self._lock = threading.Lock()
         """Of what is known, and of what has to be synchronised."""
@@ -274,20 +275,11 @@ class TarFiles:
             if number is None:
                 write_at(self._frame, there, part)
                 continue
-            with self._part(number) as file:
+            with self._files.use(number) as file:
                 write_at(file, there, part)
             with self._lock:
                 # after it was written: whoever finds it in here synchronises what it wrote
                 self._dirty.add(number)
-
-    @contextlib.contextmanager
-    def _part(self, number: int) -> Iterator[int]:
-        # text, not a Path: this is done for every write
-        file = _open_writable(f"{self._parts}/{number}")
-        try:
-            yield file
-        finally:
-            os.close(file)
 
     def read(self, offset: int, buffer: memoryview, *, framed: bool) -> int:
         if framed:
@@ -295,14 +287,14 @@ class TarFiles:
         piece, number, there = self._pieces(Range(offset, offset + len(buffer)))[0]
         if number is None:
             return os.preadv(self._frame, [buffer[: len(piece)]], there)
-        with self._part(number) as file:
+        with self._files.use(number) as file:
             return os.preadv(file, [buffer[: len(piece)]], there)
 
     def arrived(self, chunk: Range, *, framed: bool) -> None:
         if not framed:
             for piece, number, there in self._pieces(chunk):
                 if number is not None:
-                    with self._part(number) as file:
+                    with self._files.use(number) as file:
                         start_writing(file, there, len(piece))
         elif not self._resting and self._walk.reached < chunk.stop:
             self._walk_on()
@@ -364,7 +356,7 @@ class TarFiles:
         for piece, number, there in self._pieces(chunk):
             if number is None:
                 continue
-            with self._part(number) as file:
+            with self._files.use(number) as file:
                 for part in piece.split(len(buffer)):
                     view = buffer[: len(part)]
                     if os.preadv(self._frame, [view], part.start) < len(part):
@@ -386,7 +378,7 @@ class TarFiles:
             dirty, self._dirty = self._dirty, set()
         try:
             for number in sorted(dirty):
-                with self._part(number) as file:
+                with self._files.use(number) as file:
                     sync_file(file)
             sync_file(self._frame)
             sync_folder(self._parts)
@@ -410,7 +402,7 @@ class TarFiles:
         for number, entry in enumerate(files):
             if stop.is_set():
                 raise Stopped
-            with self._part(number) as file:
+            with self._files.use(number) as file:
                 if os.fstat(file).st_size != entry.size:
                     raise OSError(errno.EIO, f"the bytes of {entry.path} are not all there")
                 finish_file(file, executable=entry.executable, mtime_ns=entry.mtime_ns)
@@ -431,6 +423,7 @@ class TarFiles:
             sync_file(file.fileno())
 
     def close(self) -> None:
+        self._files.close()
         os.close(self._frame)
 
 
@@ -440,13 +433,3 @@ def _check_entries(entries: Iterable[Entry]) -> None:
     for entry in entries:
         tree.add(entry)
     tree.entries()
-
-
-def _open_writable(path: str | Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o644)
-    except PermissionError:
-        # ours, and made read-only by a process that was killed before it could record it
-        os.chmod(path, 0o644)
-        return os.open(path, flags, 0o644)
