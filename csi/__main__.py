@@ -24,8 +24,10 @@ from csi.state import VolumeRecords
 from csi.volumes import Volumes
 from fetcher.collector import keep_in_order
 from fetcher.credentials import DockerConfig, docker_config_path
-from fetcher.download import DownloadSettings
+from fetcher.download import DownloadSettings, LazySources
 from fetcher.jobs import Jobs
+from fetcher.lazy import LazyModels, LazySettings
+from fetcher.lazy_sessions import LazySessions
 from fetcher.names import look_up_apart
 from fetcher.peers.access import Rights
 from fetcher.peers.blobs import Blobs, OwnsNothing
@@ -65,6 +67,7 @@ class Node:
     registry: Registry
     keychain: Keychain
     pulls: Pulls
+    models: LazyModels
     volumes: Volumes
     calls: AgentCalls
     peers: PeerServer | None
@@ -89,6 +92,16 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             store.garbage.pin(lambda: pinned_trees(records, folders))
             volumes = Volumes(records, pulls, store.root, config.kubelet_dir)
             keychain = node_keychain(config)
+            models = LazyModels(
+                store,
+                registry,
+                jobs,
+                pulls.layouts,
+                pulls.proofs,
+                keychain,
+                downloads,
+                LazySettings(head_bytes=config.chunk_size),
+            )
             peers = peer_server(config, role, store, registry, jobs, downloads)
             calls = AgentCalls(
                 store=store,
@@ -99,7 +112,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 facts=AgentFacts(role, config.mode, config.driver_name, VERSION),
                 served=None if peers is None else peers.served,
             )
-            yield Node(config, store, registry, keychain, pulls, volumes, calls, peers)
+            yield Node(config, store, registry, keychain, pulls, models, volumes, calls, peers)
             downloads.cancel_scope.cancel()
 
 
@@ -145,7 +158,12 @@ def download_settings(config: Config) -> DownloadSettings:
         stall_timeout=config.stall_timeout, user_agent=USER_AGENT, ca_file=config.ca_file
     )
     connections = min(config.connections, len(os.sched_getaffinity(0)) + 1)
-    return DownloadSettings(connections=connections, transfer=transfer)
+    return DownloadSettings(
+        connections=connections,
+        transfer=transfer,
+        lazy_sources=LazySources(config.lazy_sources),
+        prefetch_rate=config.prefetch_rate,
+    )
 
 
 def pull_settings(config: Config) -> PullSettings:
@@ -221,7 +239,9 @@ async def serve(config: Config) -> None:
             await node.volumes.reconcile()
         with listening(config.root) as listener:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(AgentServer(node.calls, hand_over=None).serve, listener)
+                sessions = LazySessions(node.models)
+                agent = AgentServer(node.calls, hand_over=None, sessions=sessions)
+                nursery.start_soon(agent.serve, listener)
                 nursery.start_soon(keep_in_order, node.store)
                 if node.peers is not None and config.peer_listen is not None:
                     nursery.start_soon(node.peers.serve, await listen(config.peer_listen))

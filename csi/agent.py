@@ -19,6 +19,7 @@ import trio
 from csi import sockets
 from fetcher import agent_protocol as protocol
 from fetcher.errors import AccessDenied, Conflict, InvalidRequest, ModelError, Unavailable
+from fetcher.lazy_protocol import ATTACH, AttachParams
 from fetcher.lines import ConnectionLost, Lines, LineTooLong, Malformed
 
 if TYPE_CHECKING:
@@ -97,6 +98,16 @@ class Calls(Protocol):
         """Run one call. Raises :class:`ModelError`; cancelling stops waiting."""
 
 
+class Sessions(Protocol):
+    """Who serves the workers of lazy models."""
+
+    async def serve(self, lines: Lines, params: AttachParams) -> None:
+        """Answer the call ``attach``, and what the worker asks on its connection from then on.
+
+        Raises :class:`ModelError` where there is nothing to attach to.
+        """
+
+
 def peer_uid(peer: socket.socket | trio.socket.SocketType) -> int:
     """The user at the other end of a unix socket, as the kernel knows it."""
     raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -139,9 +150,13 @@ class AgentServer:
         calls: Calls,
         hand_over: Callable[[], None] | None,
         max_connections: int = MAX_CONNECTIONS,
+        sessions: Sessions | None = None,
     ) -> None:
-        """``hand_over`` makes this process leave the store; None where it serves a node."""
+        """``hand_over`` makes this process leave the store; None where it serves a node, and has
+        ``sessions`` with workers.
+        """
         self._calls = calls
+        self._sessions = sessions
         self._max_connections = max_connections
         self._hand_over = hand_over
         self._leaving = False
@@ -173,7 +188,15 @@ class AgentServer:
                 await _last_word(stream, lines, refusal)
                 return
             while (line := await lines.receive()) is not None:
-                await self._request(lines, line)
+                params = None if self._sessions is None else _attaching(line)
+                if self._sessions is None or params is None:
+                    await self._request(lines, line)
+                    continue
+                try:
+                    await self._sessions.serve(lines, params)
+                except ModelError as error:
+                    await _last_word(stream, lines, error)
+                return
         except LineTooLong as error:
             await _last_word(stream, lines, InvalidRequest(f"the request is {error}"))
         except ConnectionLost as error:
@@ -251,6 +274,15 @@ class AgentServer:
             raise Conflict(f"process {os.getpid()} serves this node with this store")
         self._leaving = True
         return protocol.HandoverResult(pid=os.getpid())
+
+
+def _attaching(line: bytes) -> AttachParams | None:
+    """What a worker that attaches says; None for any other call, or where it cannot be read."""
+    try:
+        request = protocol.decode_request(line)
+        return protocol.decode_params(request, ATTACH) if request.call == ATTACH.name else None
+    except Malformed:
+        return None
 
 
 async def _cancel_when_closed(lines: Lines, scope: trio.CancelScope) -> None:

@@ -121,6 +121,18 @@ class Config(PeerConfig):
             values.parse_duration,
         ),
     ] = 60.0
+    lazy_sources: Annotated[
+        Literal["registry", "mirrors", "peers"],
+        Rule("whose bytes lazy volumes show before the whole file is verified"),
+    ] = "registry"
+    prefetch_rate: Annotated[
+        int | None,
+        Rule(
+            "bytes per second at which lazy volumes fetch what nobody reads, all together",
+            values.check_rate,
+            values.parse_size,
+        ),
+    ] = None
     worker_cgroup: Annotated[
         Path | None,
         Rule(

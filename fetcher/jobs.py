@@ -173,7 +173,18 @@ class Job:
         necessary. Raises the :class:`ModelError` that keeps them from coming.
         """
         urgency = Urgency.AHEAD if ahead else Urgency.URGENT
-        waiter = _Waiter(Want(wanted, urgency, trusted=trusted))
+        await self._have(Want(wanted, urgency, trusted=trusted))
+
+    async def fill(self, wanted: Range, order: int = 0) -> None:
+        """As :meth:`want`, of bytes that nobody waits for; the lower ``order`` comes first."""
+        await self._have(Want(wanted, Urgency.BACKGROUND, order))
+
+    async def prove(self) -> None:
+        """Have all that is not trusted from a trusted source, to be compared or replaced."""
+        await self._have(Want(self._everything, Urgency.WHOLE, trusted=True))
+
+    async def _have(self, want: Want) -> None:
+        waiter = _Waiter(want)
         # before looking: of what comes from now on it is told
         self._waiting.append(waiter)
         try:
@@ -194,12 +205,6 @@ class Job:
     def whole(self) -> Iterator[None]:
         """Want all of it inside the block, as somebody waits for that."""
         with self._scheduled(Want(self._everything, Urgency.WHOLE)):
-            yield
-
-    @contextlib.contextmanager
-    def filling(self, order: int = 0) -> Iterator[None]:
-        """Want all of it inside the block, though nobody waits; the lower ``order`` first."""
-        with self._scheduled(Want(self._everything, Urgency.BACKGROUND, order)):
             yield
 
     @contextlib.contextmanager
@@ -421,6 +426,11 @@ class Jobs:
                 with partial.watch(job.arrived):
                     job.begin(partial, download)
                     right = await self._fetch_and_verify(job, download, partial)
+                    if not right and job.is_shown and not partial.is_all_trusted:
+                        # what was shown is right, as far as anybody knows: who else sent some?
+                        download.distrust()
+                        await self._prove(job, download, partial)
+                        right = await self._fetch_and_verify(job, download, partial)
                 if right:
                     await run_stoppable(partial.finish)
                     partial.conclude(Verdict.VERIFIED)
@@ -443,6 +453,27 @@ class Jobs:
                 )
             logger.warning("blob %s: the bytes were wrong and were dropped, fetching anew", digest)
         job.complete = True
+
+    async def _prove(self, job: Job, download: Download, partial: PartialBlob) -> None:
+        """Replace what a source that is not trusted has sent wrong."""
+        digest = job.layer.descriptor.digest
+        logger.warning("blob %s: some bytes are wrong, comparing with the registry's", digest)
+        failures: list[ModelError] = []
+
+        async def fetch(scope: trio.CancelScope) -> None:
+            try:
+                await download.fetch(partial)
+            except ModelError as error:
+                failures.append(error)
+                scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch, nursery.cancel_scope)
+            await job.prove()
+            nursery.cancel_scope.cancel()
+        if failures:
+            raise failures[0]
+        partial.verify_anew()
 
     async def _fetch_and_verify(self, job: Job, download: Download, partial: PartialBlob) -> bool:
         """Whether the bytes, once all are there, are what the digest says."""

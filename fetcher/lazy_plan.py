@@ -42,6 +42,8 @@ class LazyPlan:
     exclude_patterns: tuple[str, ...]
     prefetch: str
     """The word of the volume attribute."""
+    reference: str = ""
+    """By which it is fetched, with the digest: what its volumes name it."""
 
     @property
     def selection(self) -> Selection:
@@ -64,6 +66,7 @@ class _Document(msgspec.Struct):
     exclude_weights: bool = False
     exclude_patterns: tuple[str, ...] = ()
     prefetch: str = ""
+    reference: str = ""
 
 
 def mountpoint(root: Path, model: Digest, selection: str) -> Path:
@@ -95,6 +98,7 @@ def encode_plan(plan: LazyPlan) -> bytes:
             plan.exclude_weights,
             plan.exclude_patterns,
             plan.prefetch,
+            plan.reference,
         )
     )
 
@@ -117,6 +121,7 @@ def decode_plan(content: bytes) -> LazyPlan:
             document.exclude_weights,
             document.exclude_patterns,
             document.prefetch,
+            document.reference,
         )
         # patterns that are none are found here, not where the tree is made
         Selection(plan.exclude_weights, plan.exclude_patterns)

@@ -16,15 +16,14 @@ import contextlib
 import copy
 import logging
 import math
-import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import trio
 
-from fetcher.archives import UnpackLimits
 from fetcher.download import Source
 from fetcher.errors import InProgress, InvalidArtifact, ModelError, NoSpace
+from fetcher.layouts import Layouts
 from fetcher.modelpack import Selection
 from fetcher.oci import Digest
 from fetcher.policy import PullPolicy, ReferencePolicy
@@ -202,10 +201,8 @@ class Pulls:
         self._settings = settings
         self._nursery = nursery
         self._pulls: dict[tuple[Digest, str], Pull] = {}
-        self._laying_out: weakref.WeakValueDictionary[Digest, trio.Lock] = (
-            weakref.WeakValueDictionary()
-        )
-        self._proofs = Proofs(store.catalog, registry)
+        self.layouts = Layouts(store, settings.unpacked_ratio)
+        self.proofs = Proofs(store.catalog, registry)
         self._resolver = Resolver(store, registry, settings.references, settings.proof)
 
     # -- resolve -----------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ class Pulls:
         try:
             with joined.scope:
                 tree = await joined.pull.wait()
-                await self._proofs.prove(resolved.reference, layers, resolved.keychain)
+                await self.proofs.prove(resolved.reference, layers, resolved.keychain)
                 joined.tree = tree
         except Exception as error:
             if not isinstance(error, ModelError) and joined.pull.failure is None:
@@ -393,17 +390,6 @@ class Pulls:
                 job.offer(source)
             pull.jobs[digest] = job
             await job.wait()
-            self._proofs.fetched(job, digest)
-            if not self._store.has_content(layer):
-                # another selection of this model may be at the same layer
-                async with self._laying_out.setdefault(digest, trio.Lock()):
-                    await self._lay_out(layer)
+            self.proofs.fetched(job, digest)
+            await self.layouts.lay_out(layer)
         pull.complete.add(digest)
-
-    async def _lay_out(self, layer: Layer) -> None:
-        if self._store.has_content(layer):
-            return
-        size = layer.descriptor.size
-        limits = UnpackLimits(max_bytes=size * self._settings.unpacked_ratio + 1024 * 1024)
-        await run_stoppable(lambda stop: self._store.lay_out(layer, limits, stop))
-        self._store.laid_out(layer)

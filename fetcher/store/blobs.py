@@ -345,6 +345,11 @@ class PartialBlob:
         """Whether ``chunk`` is there and may be shown before the whole blob was verified."""
         return self._chunks.is_trusted(chunk)
 
+    @property
+    def is_all_trusted(self) -> bool:
+        """Whether all of it may be shown."""
+        return self._chunks.is_all_trusted()
+
     def first_missing(self, chunk: int) -> int:
         """The first chunk at or after ``chunk`` that is not there; the count if there is none."""
         return self._chunks.contiguous(chunk)

@@ -259,6 +259,10 @@ class ChunkMap:
         """Whether ``chunk`` is there and its bytes may be shown."""
         return bool(self._states[chunk] & TRUSTED)
 
+    def is_all_trusted(self) -> bool:
+        """Whether all chunks are there and trusted."""
+        return all(state & TRUSTED for state in bytes(self._states))
+
     def missing(self) -> Iterator[int]:
         """The numbers of the chunks that are not there, ascending."""
         return (chunk for chunk in range(self.count) if not self.has(chunk))
