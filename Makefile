@@ -18,7 +18,7 @@ export GO
 # pyfuse3 comes as source only
 PYFUSE3_PACKAGES := gcc pkg-config libfuse3-dev python3-dev
 PACKAGES := python3 python3-venv docker-registry skopeo apache2-utils fuse3 iproute2 util-linux openssl \
-	ca-certificates curl $(PYFUSE3_PACKAGES)
+	ca-certificates curl containerd $(PYFUSE3_PACKAGES)
 
 BIN := .venv/bin
 # More than there are processors, as tests wait more than they compute. Which test runs beside which is left to chance:
