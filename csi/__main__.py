@@ -22,6 +22,7 @@ from csi.pins import pinned_trees
 from csi.served import Folders
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
+from fetcher.chunk_lists import ChunkLists
 from fetcher.collector import keep_in_order
 from fetcher.credentials import DockerConfig, docker_config_path
 from fetcher.download import DownloadSettings, LazySources
@@ -86,7 +87,8 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
         async with open_registry(config) as registry, trio.open_nursery() as downloads:
             jobs = Jobs(store, registry, download_settings(config), downloads)
             closing.callback(jobs.close)
-            pulls = Pulls(store, registry, jobs, pull_settings(config), downloads)
+            lists = chunk_lists(config, store, registry)
+            pulls = Pulls(store, registry, jobs, pull_settings(config), downloads, lists)
             records = VolumeRecords(store.database)
             folders = Folders.of(store.root)
             store.garbage.pin(lambda: pinned_trees(records, folders))
@@ -211,6 +213,13 @@ def peer_server(
         served,
         PeerServerSettings(namespace=config.peer_namespace or ""),
     )
+
+
+def chunk_lists(config: Config, store: Store, registry: Registry) -> ChunkLists | None:
+    """Where lists of chunk digests are found, if they are used."""
+    if config.chunk_digests == "ignore":
+        return None
+    return ChunkLists(store, registry, config.chunk_size)
 
 
 def limits(config: Config) -> Limits:

@@ -79,6 +79,10 @@ class Config(PeerConfig):
             values.parse_size,
         ),
     ] = 4 * values.MIB
+    chunk_digests: Annotated[
+        Literal["use", "ignore"],
+        Rule("whether chunks are proven by a list of their digests, where one was published"),
+    ] = "use"
     connections: Annotated[
         int, Rule("parallel connections of all pulls of the node", values.check_connections)
     ] = 8
