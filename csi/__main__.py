@@ -18,10 +18,13 @@ from csi.agent_calls import AgentCalls, AgentFacts
 from csi.agent_client import Patience, take_over
 from csi.cli.app import main as run_command
 from csi.cli.program import Program
+from csi.fuse_connections import obstacle
+from csi.lazy_volumes import LazyVolumes
 from csi.pins import pinned_trees
 from csi.served import Folders
 from csi.state import VolumeRecords
 from csi.volumes import Volumes
+from csi.workers import Workers, WorkerSettings
 from fetcher.chunk_lists import ChunkLists
 from fetcher.collector import keep_in_order
 from fetcher.credentials import DockerConfig, docker_config_path
@@ -92,7 +95,6 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             records = VolumeRecords(store.database)
             folders = Folders.of(store.root)
             store.garbage.pin(lambda: pinned_trees(records, folders))
-            volumes = Volumes(records, pulls, store.root, config.kubelet_dir)
             keychain = node_keychain(config)
             models = LazyModels(
                 store,
@@ -104,6 +106,8 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 downloads,
                 LazySettings(head_bytes=config.chunk_size),
             )
+            lazy = lazy_volumes(config, role, records, models, store, downloads)
+            volumes = Volumes(records, pulls, store.root, config.kubelet_dir, lazy)
             peers = peer_server(config, role, store, registry, jobs, downloads)
             calls = AgentCalls(
                 store=store,
@@ -179,6 +183,32 @@ def pull_settings(config: Config) -> PullSettings:
     )
 
 
+def lazy_volumes(
+    config: Config,
+    role: str,
+    records: VolumeRecords,
+    models: LazyModels,
+    store: Store,
+    nursery: trio.Nursery,
+) -> LazyVolumes:
+    """Volumes that are shown while their model is fetched; their workers outlive ``nursery``."""
+    folders = Folders.of(store.root)
+    settings = WorkerSettings(
+        config.read_timeout, config.worker_cgroup, config.log_format, config.log_level
+    )
+
+    def why_not() -> str | None:
+        if role != "serve":
+            return (
+                "a command does not stay to fetch what is read: start 'model-csi serve' with the "
+                "same root"
+            )
+        return obstacle(config.fuse)
+
+    workers = Workers(folders, settings, nursery)
+    return LazyVolumes(records, models, workers, store, folders, why_not)
+
+
 def peer_server(
     config: Config,
     role: str,
@@ -252,6 +282,7 @@ async def serve(config: Config) -> None:
                 agent = AgentServer(node.calls, hand_over=None, sessions=sessions)
                 nursery.start_soon(agent.serve, listener)
                 nursery.start_soon(keep_in_order, node.store)
+                nursery.start_soon(node.volumes.tend)
                 if node.peers is not None and config.peer_listen is not None:
                     nursery.start_soon(node.peers.serve, await listen(config.peer_listen))
                 await nursery.start(Server(config.socket_path, services(node)).serve)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RENEW_TIMEOUT: Final = 5.0
+"""Seconds for a published volume to go on with other credentials."""
 SWEEP_SECONDS: Final = 60.0
 """How often workers are looked for that nobody needs, as after an unmount by hand."""
 
@@ -186,22 +188,34 @@ class LazyVolumes:
     async def renew(
         self, record: VolumeRecord, attributes: VolumeAttributes, keychain: Keychain, holder: str
     ) -> None:
-        """Go on with the credentials that a published volume brings now. Asks no network.
+        """Go on with the credentials that a published volume brings now.
 
-        What cannot be done is logged: the volume is published, and stays.
+        Asks no network where its model is open, and waits for none. What cannot be done is logged:
+        the volume is published, and stays.
         """
         key = _key(record)
         try:
-            async with self._lock(key):
-                plan = decode_plan(plan_path(self._folders.root, *_names(key)).read_bytes())
-                reference = attributes.reference.with_digest(Digest.parse(record.digest))
-                resolved = Resolved(reference, plan.read_model(), keychain)
-                selection, prefetch = attributes.selection, attributes.prefetch
-                await self._models.open(resolved, selection, prefetch, holder)
+            with trio.move_on_after(RENEW_TIMEOUT):
+                await self._renew(key, record, attributes, keychain, holder)
         except (ModelError, OSError) as error:
             logger.warning("volume %s goes on as it was: %s", record.volume_id, error)
         if not self._workers.is_serving(key) and not self._workers.find(key):
             self._workers.lost(key)
+
+    async def _renew(
+        self,
+        key: TreeKey,
+        record: VolumeRecord,
+        attributes: VolumeAttributes,
+        keychain: Keychain,
+        holder: str,
+    ) -> None:
+        async with self._lock(key):
+            plan = decode_plan(plan_path(self._folders.root, *_names(key)).read_bytes())
+            reference = attributes.reference.with_digest(Digest.parse(record.digest))
+            resolved = Resolved(reference, plan.read_model(), keychain)
+            selection, prefetch = attributes.selection, attributes.prefetch
+            await self._models.open(resolved, selection, prefetch, holder)
 
     def _lock(self, key: TreeKey) -> trio.Lock:
         """Held while a model is opened, or looked at whether it is still needed."""

@@ -240,10 +240,10 @@ class Volumes:
         """What is to be bound, which is there, and the record with what it holds."""
         if record.shown is Shown.LAZY and self._lazy is not None:
             holder = _holder(record.volume_id, record.target)
-            record = await self._lazy.open(record, resolved, request.attributes, holder)
             try:
+                record = await self._lazy.open(record, resolved, request.attributes, holder)
                 return await self._lazy.start(record), record
-            except Unavailable as error:
+            except (Unavailable, InProgress) as error:
                 if request.attributes.mode is not Mode.AUTO:
                     raise
                 logger.warning("%s; volume %s becomes eager", error.message, record.volume_id)

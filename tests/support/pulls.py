@@ -34,6 +34,8 @@ class HandMadePulls:
     def __init__(self, models_folder: Path) -> None:
         self.models_folder = models_folder
         self.tags: dict[str, bytes] = {}
+        self.models: dict[bytes, Model] = {}
+        """What the contents are that are manifests."""
         self.gone: set[Digest] = set()
         """Digests that the registry does not have any more."""
         self.refused = False
@@ -75,7 +77,9 @@ class HandMadePulls:
         content = self._content(reference)
         digest = Digest.of(content)
         empty = Descriptor("application/vnd.oci.empty.v1+json", Digest.of(b"{}"), 2)
-        model = Model(digest=digest, artifact_type="test", config=empty, layers=(), annotations={})
+        model = self.models.get(content) or Model(
+            digest=digest, artifact_type="test", config=empty, layers=(), annotations={}
+        )
         return Resolved(reference.with_digest(digest), model, keychain)
 
     def _content(self, reference: Reference) -> bytes:
