@@ -107,6 +107,11 @@ bench-pull-all: .tools/oras  ## the same for models of many sizes and kinds: an 
 bench-memory: setup  ## memory of pulls, as models and their number grow: table and graph
 	@$(BIN)/python -m tests.bench.memory --graph docs/memory.svg
 
+.PHONY: bench-upload
+bench-upload: setup  ## what a node uploads to its peers, against nginx with sendfile
+	@.ci/packages nginx-light
+	@$(BIN)/python -m tests.bench.upload
+
 .PHONY: bench-peers
 bench-peers: setup  ## 8 nodes that pull one model at one time, with and without peers: half an hour
 	@$(BIN)/python -m tests.bench.peers --graph docs/peers.svg

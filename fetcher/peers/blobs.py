@@ -105,17 +105,17 @@ class Blobs:
         self._policy.check(asked.reference)
         asker = Asker(asked.reference, asked.authorization)
         told = await self._rights.blob(asker)
-        with self._store.held_content(asked.digest):
-            found = self._find(asked.digest)
-            size = told if found is None else found.size
-            if size is None:
-                raise NotFound(f"the registry does not say how large blob {asked.digest} is")
-            if is_head or not size:
-                whole = _Wish(asked, asker, Range(0, size), size)
-                await connection.begin(200, self._headers(whole, found, as_whole=True))
-                await connection.end()
-                return
-            await self._send(connection, _Wish(asked, asker, _part(asked, size), size), found)
+        # nothing is held for others: what is evicted meanwhile, they get elsewhere
+        found = self._find(asked.digest)
+        size = told if found is None else found.size
+        if size is None:
+            raise NotFound(f"the registry does not say how large blob {asked.digest} is")
+        if is_head or not size:
+            whole = _Wish(asked, asker, Range(0, size), size)
+            await connection.begin(200, self._headers(whole, found, as_whole=True))
+            await connection.end()
+            return
+        await self._send(connection, _Wish(asked, asker, _part(asked, size), size), found)
 
     def _find(self, digest: Digest) -> Body | None:
         """What is here of a blob."""

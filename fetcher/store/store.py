@@ -248,6 +248,12 @@ class Store:
                 needs[content_name(digest)] = need
         await self.rooms.reserve(what, needs, whole)
 
+    async def reserve_content(self, what: str, layer: Layer) -> None:
+        """Reserve room for one content, which the caller holds; as :meth:`reserve`."""
+        need = need_of(layer, self._chunk_size)
+        name = content_name(layer.descriptor.digest)
+        await self.rooms.reserve(what, {name: need}, need.bytes)
+
     def room(self, digest: Digest) -> Room:
         """Room for a content that takes more than was reserved for it. From any thread."""
         return self.rooms.room(content_name(digest))
