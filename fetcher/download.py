@@ -29,6 +29,9 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
+from fetcher.peers.choice import Pick
+from fetcher.peers.fetching import PeerFetching
+from fetcher.peers.strands import Strand
 from fetcher.probe import Probe
 from fetcher.ranges import Range
 from fetcher.schedule import Piece as ScheduledPiece
@@ -38,15 +41,16 @@ from fetcher.transfers import MOST_URGENT
 from fetcher.transport import LEAST_SPEED, TransferSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from fetcher.chunk_lists import KnownList
     from fetcher.credentials import Keychain
     from fetcher.hosts import Host
     from fetcher.modelpack import Layer
     from fetcher.oci import Reference
+    from fetcher.peers.client import PeerClient
     from fetcher.registry import Registry
-    from fetcher.schedule import Demand, Schedule
+    from fetcher.schedule import Demand, Schedule, Want
     from fetcher.store.blobs import PartialBlob
     from fetcher.store.sinks import ChunkSink
     from fetcher.transfers import Slot, Transfers
@@ -127,7 +131,12 @@ class Download:
     """The fetching of one blob."""
 
     def __init__(
-        self, wanted: Wanted, registry: Registry, transfers: Transfers, settings: DownloadSettings
+        self,
+        wanted: Wanted,
+        registry: Registry,
+        transfers: Transfers,
+        settings: DownloadSettings,
+        peers: PeerClient | None = None,
     ) -> None:
         self._wanted = wanted
         self._schedule = wanted.schedule
@@ -153,14 +162,31 @@ class Download:
         """Chunks of the registry itself that were others than their digests say."""
         self._pace: float | None = None
         """Bytes per second of one request, lately."""
+        self._client = peers
+        self._peers = None if peers is None else self._fetching(peers)
+        self._partial: PartialBlob | None = None
+        self._all_pieces = trio.CancelScope()
+
+    def _fetching(self, peers: PeerClient) -> PeerFetching:
+        trusted = self._settings.lazy_sources is LazySources.PEERS
+        return PeerFetching(peers, self, self._blob, self._transfers.pacing, trusted=trusted)
 
     async def fetch(self, partial: PartialBlob) -> None:
         """Fetch what is wanted, and wait for more to be wanted, until cancelled.
 
         Raises the :class:`ModelError` that ended it early.
         """
-        self._failure = None
+        self._failure, self._partial = None, partial
         whole = _Tries()
+        if self._client is not None:
+            self._client.attend(self.wake)
+        try:
+            await self._fetch(partial, whole)
+        finally:
+            if self._client is not None:
+                self._client.leave(self.wake)
+
+    async def _fetch(self, partial: PartialBlob, whole: _Tries) -> None:
         while True:
             while not self._schedule.has_work(partial):
                 await self._change()
@@ -219,12 +245,47 @@ class Download:
         """Fetch what is wanted in ranges, several at a time, until ranges are of no use."""
         self._void = False
         async with trio.open_nursery() as nursery:
+            self._all_pieces = nursery.cancel_scope
             while True:
-                piece = self._schedule.next(partial, self._most(partial), self._may_start)
-                if piece is None:
-                    await self._change()
+                piece, pick = self._next(partial)
+                if piece is not None:
+                    nursery.start_soon(self._fetch_piece, partial, piece, pick)
+                elif self._peers is not None and self._asks_peers:
+                    self._peers.review(idle=not self._schedule.has_work(partial))
+                    await self._peers.pause(self._change)
                 else:
-                    nursery.start_soon(self._fetch_piece, partial, piece, nursery.cancel_scope)
+                    await self._change()
+
+    def _next(self, partial: PartialBlob) -> tuple[ScheduledPiece | None, Pick | None]:
+        """What to fetch next; with peers a single chunk, and from whom."""
+        peers = self._peers
+        if peers is None or not self._asks_peers:
+            return self._schedule.next(partial, self._most(partial), self._may_start), None
+        peers.begin(partial)
+        picked: Pick | None = None
+
+        def pick(want: Want, chunks: Iterator[int]) -> int | None:
+            nonlocal picked
+            if want.trusted and not self._may_show_peers(partial):
+                first = next(chunks, None) if self._may_start(want.urgency) else None
+                picked = None if first is None else Pick(first, None)
+            elif want.urgency <= Urgency.AHEAD:
+                first = next(chunks, None) if self._may_start(want.urgency) else None
+                picked = None if first is None else peers.at_once(first)
+            else:
+                picked = peers.next(chunks)
+            return None if picked is None else picked.chunk
+
+        piece = self._schedule.next(partial, 1, pick=pick)
+        return piece, picked
+
+    @property
+    def _asks_peers(self) -> bool:
+        return self._peers is not None and self._peers.is_on
+
+    def _may_show_peers(self, partial: PartialBlob) -> bool:
+        """Whether what peers send may be shown to readers at once."""
+        return partial.is_proving or self._settings.lazy_sources is LazySources.PEERS
 
     def _may_start(self, urgency: Urgency) -> bool:
         under_way = self._schedule.under_way(urgency)
@@ -242,30 +303,57 @@ class Download:
         return max(1, min(int(self._pace * _PIECE_SECONDS / partial.chunk_size), _RANGE_CHUNKS))
 
     async def _fetch_piece(
-        self, partial: PartialBlob, piece: ScheduledPiece, all_pieces: trio.CancelScope
+        self, partial: PartialBlob, piece: ScheduledPiece, pick: Pick | None
     ) -> None:
         """Fetch a piece, again and again from where it stopped, from whoever has it."""
-        tries = _Tries()
         sink = partial.sink(piece.wanted)
         started = trio.current_time()
         try:
-            while sink.remaining:
-                turn = await self._turn(partial, tries, piece)
-                if turn.whole or self._void:
-                    self._whole_trusted = turn.whole and turn.trusted
-                    raise _Replan
-                await self._try(sink, turn, tries, functools.partial(_moved, sink, sink.remaining))
+            if pick is None or self._peers is None:
+                await self.from_hosts(sink, piece)
+            else:
+                await self._peers.fetch(piece, sink, pick)
             self._measure(len(piece.wanted), trio.current_time() - started)
-        except _Replan:
-            all_pieces.cancel()
         except ModelError as error:
             if not self._wanted.failed(piece, error):
                 self._failure = self._failure or error
-                all_pieces.cancel()
+                self._all_pieces.cancel()
         finally:
-            self._end_probe(tries)
             self._schedule.release(piece)
             self.wake()
+
+    async def from_hosts(self, sink: ChunkSink | Strand, piece: ScheduledPiece) -> None:
+        """Fetch what a sink still lacks from mirrors and the registry.
+
+        Where ranges are of no use there, everything that is being fetched is cancelled.
+        """
+        tries = _Tries()
+        try:
+            while sink.remaining:
+                turn = await self._turn(self._opened, tries, piece)
+                if turn.whole or self._void:
+                    self._whole_trusted = turn.whole and turn.trusted
+                    self._all_pieces.cancel()
+                    await trio.lowlevel.checkpoint()
+                await self._try(sink, turn, tries, functools.partial(_moved, sink, sink.remaining))
+        finally:
+            self._end_probe(tries)
+
+    @property
+    def _opened(self) -> PartialBlob:
+        if self._partial is None:
+            raise AssertionError("fetch() comes first")
+        return self._partial
+
+    async def authorization(self, *, renew: bool) -> tuple[Reference, str | None]:
+        """Whose blob it is, and what its registry would be shown. Raises :class:`ModelError`."""
+        source = self._wanted.source
+        hosts = await self._registry.hosts(source.reference)
+        access = await self._registry.blob_access(
+            source.reference, self._blob.digest, source.keychain, host=hosts.server, renew=renew
+        )
+        shown = (text for name, text in access.hop.headers if name.lower() == "authorization")
+        return source.reference, next(shown, None)
 
     def _measure(self, count: int, seconds: float) -> None:
         pace = count / max(seconds, 1e-3)
@@ -355,7 +443,7 @@ class Download:
         return choice.host in self._ranging and not choice.whole and not choice.wait
 
     async def _try(
-        self, sink: ChunkSink, turn: _Turn, tries: _Tries, progress: Callable[[], bool]
+        self, sink: ChunkSink | Strand, turn: _Turn, tries: _Tries, progress: Callable[[], bool]
     ) -> None:
         """One request to the host whose turn it is. Raises what ends the download.
 
@@ -417,7 +505,9 @@ class Download:
         seconds = self._sources.failed(host.base, now, started, error.retry_after)
         logger.info("%s; not asked again for %.0f s", error.message, seconds)
 
-    async def _ask(self, sink: ChunkSink, turn: _Turn, tries: _Tries, *, renew: bool) -> None:
+    async def _ask(
+        self, sink: ChunkSink | Strand, turn: _Turn, tries: _Tries, *, renew: bool
+    ) -> None:
         source, blob, host, before = turn.source, self._blob, turn.host, sink.remaining
         sink.trusted, sink.sender = self._is_trusted(turn), host.base
         probe = self._probe_for(sink, turn, tries)
@@ -451,18 +541,20 @@ class Download:
                 self._void = True
                 self._registry.health.ignored_range(host.base, trio.current_time())
 
-    def _probe_for(self, sink: ChunkSink, turn: _Turn, tries: _Tries) -> Probe | None:
+    def _probe_for(self, sink: ChunkSink | Strand, turn: _Turn, tries: _Tries) -> Probe | None:
         """What goes before the sink while it is not known how the host answers ranges."""
         base = turn.host.base
+        answered = functools.partial(self._answered, base, tries)
+        restart = None if isinstance(sink, Strand) else sink.restart
         if turn.whole:
-            return Probe(sink, functools.partial(self._answered, base, tries), may_restart=True)
+            return Probe(sink, answered, restart)
         if base in self._ranging:
             return None
         if tries.probe is None:
             tries.probe = self._probe = trio.Event()
         # with nothing there and no other request under way, all is as good as the first range
-        alone = not self._ranging and not sink.remaining.start
-        return Probe(sink, functools.partial(self._answered, base, tries), may_restart=alone)
+        alone = not self._ranging and not sink.remaining.start and not self._asks_peers
+        return Probe(sink, answered, restart if alone else None)
 
     def _judge_pace(self, host: Host, got: int, seconds: float, tries: _Tries) -> None:
         """Of a request that was stopped to make room for others: no failure, unless the host was
@@ -512,7 +604,7 @@ class Download:
         await trio.sleep(pause)
 
 
-def _moved(sink: ChunkSink, since: Range) -> bool:
+def _moved(sink: ChunkSink | Strand, since: Range) -> bool:
     return sink.remaining != since
 
 
@@ -546,7 +638,3 @@ class _Tries:
     """The host that refused us, and is to be asked whether it still does."""
     probe: trio.Event | None = None
     """Set once others may ask too, while this is the only one to ask for a range."""
-
-
-class _Replan(Exception):
-    """Ranges are of no use any more, with who is left to ask."""

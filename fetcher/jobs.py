@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from fetcher.modelpack import Layer
     from fetcher.oci import Digest
+    from fetcher.peers.client import PeerClient
     from fetcher.registry import Registry
     from fetcher.schedule import Piece
     from fetcher.store.blobs import PartialBlob
@@ -174,6 +175,10 @@ class Job:
         """
         urgency = Urgency.AHEAD if ahead else Urgency.URGENT
         await self._have(Want(wanted, urgency, trusted=trusted))
+
+    async def pass_on(self, wanted: Range) -> None:
+        """As :meth:`want`, of bytes that another node waits for: before what nobody waits for."""
+        await self._have(Want(wanted, Urgency.WHOLE, -1))
 
     async def fill(self, wanted: Range, order: int = 0) -> None:
         """As :meth:`want`, of bytes that nobody waits for; the lower ``order`` comes first."""
@@ -353,11 +358,17 @@ class Jobs:
     """All downloads of the node. Belongs to the trio thread."""
 
     def __init__(
-        self, store: Store, registry: Registry, settings: DownloadSettings, nursery: trio.Nursery
+        self,
+        store: Store,
+        registry: Registry,
+        settings: DownloadSettings,
+        nursery: trio.Nursery,
+        peers: PeerClient | None = None,
     ) -> None:
-        """Jobs run in ``nursery``."""
+        """Jobs run in ``nursery``; they ask ``peers`` too, if there are any."""
         self._store = store
         self._registry = registry
+        self._peers = peers
         self._nursery = nursery
         self._settings = settings
         self._transfers = Transfers(settings.connections, settings.transfer, settings.prefetch_rate)
@@ -414,7 +425,7 @@ class Jobs:
         """Fetch, verify, synchronise, record."""
         store, layer = self._store, job.layer
         digest = layer.descriptor.digest
-        download = Download(job, self._registry, self._transfers, self._settings)
+        download = Download(job, self._registry, self._transfers, self._settings, self._peers)
         while not store.has_bytes(layer):
             # in a thread: it reads the headers of what there is of a tar
             partial = await run_stoppable(lambda _: _opened(store, job))

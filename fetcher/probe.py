@@ -9,18 +9,20 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fetcher.store.sinks import ChunkSink
+    from fetcher.answers import Sink
 
 
 class Probe:
     """A sink that finds out how a host answers ranges, and tells the trio thread."""
 
-    def __init__(self, sink: ChunkSink, answered: Callable[[], None], *, may_restart: bool) -> None:
+    def __init__(
+        self, sink: Sink, answered: Callable[[], None], restart: Callable[[], None] | None
+    ) -> None:
         """``answered`` is called once, in the trio thread, when the first bytes of a range arrive;
-        ``may_restart`` says that the whole blob will do, as nobody else writes to it meanwhile.
+        ``restart`` has the sink take the whole blob, where nobody else writes to it meanwhile.
         """
         self._sink = sink
-        self._may_restart = may_restart
+        self._restart = restart
         self._answered = answered
         self._token = trio.lowlevel.current_trio_token()
         self.is_whole = False
@@ -32,8 +34,8 @@ class Probe:
     def whole(self) -> bool:
         if self._sink.whole():
             self.is_whole = True
-        elif self._may_restart:
-            self._sink.restart()
+        elif self._restart is not None:
+            self._restart()
             self.is_whole = self.took_whole = True
         return self.is_whole
 

@@ -130,16 +130,21 @@ class Schedule:
     # -- what is fetched ---------------------------------------------------------------------------
 
     def next(
-        self, there: Presence, most: int, allowed: Callable[[Urgency], bool] = lambda _: True
+        self,
+        there: Presence,
+        most: int,
+        allowed: Callable[[Urgency], bool] = lambda _: True,
+        pick: Callable[[Want, Iterator[int]], int | None] = lambda _, chunks: next(chunks, None),
     ) -> Piece | None:
         """What to fetch next, of at most ``most`` chunks; it is under way until :meth:`release`.
 
-        Wants of an urgency that is not ``allowed`` are passed over.
+        Wants of an urgency that is not ``allowed`` are passed over. Of the chunks that one lacks,
+        ascending, ``pick`` takes the first of the piece, or none.
         """
         for want in self._wants:
             if not allowed(want.urgency):
                 continue
-            first = next((one for one in self._lacking(want, there) if self._is_idle(one)), None)
+            first = pick(want, filter(self._is_idle, self._lacking(want, there)))
             if first is not None:
                 piece = self._piece(want, first, there, most)
                 self._flying.update(dict.fromkeys(piece.chunks, piece))

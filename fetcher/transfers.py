@@ -95,7 +95,8 @@ class Transfers:
         self._connections = connections
         self._settings = settings
         self._contexts = Contexts()
-        self._pacing = Pacing(prefetch_rate)
+        self.pacing = Pacing(prefetch_rate)
+        """Of whatever fetches bytes on this node."""
         self._slots: set[Slot] = set()
         self._queue: list[_Waiter] = []
         self._idle: list[Connection] = []
@@ -122,7 +123,7 @@ class Transfers:
     def hurry(self, demand: Demand) -> None:
         """A demand has become more urgent."""
         if any(slot.demand is demand for slot in self._slots):
-            self._pacing.begin(demand)
+            self.pacing.begin(demand)
         self._deal()
 
     async def _take(self, group: str, demand: Demand) -> Slot:
@@ -146,14 +147,14 @@ class Transfers:
     def _give(self, waiter: _Waiter, *, queued: bool) -> Slot:
         connection = self._idle.pop() if self._idle else Connection(self._settings, self._contexts)
         now = trio.current_time()
-        slot = Slot(waiter.group, waiter.demand, now, connection, self._pacing, queued)
+        slot = Slot(waiter.group, waiter.demand, now, connection, self.pacing, queued)
         self._slots.add(slot)
-        self._pacing.begin(slot.demand)
+        self.pacing.begin(slot.demand)
         return slot
 
     def _release(self, slot: Slot) -> None:
         self._slots.remove(slot)
-        self._pacing.end(slot.demand)
+        self.pacing.end(slot.demand)
         self._idle.append(slot.connection)
         self._deal()
 

@@ -146,6 +146,11 @@ class PartialBlob:
         self.verify_anew()
         return fits
 
+    @property
+    def is_proving(self) -> bool:
+        """Whether each chunk that comes is checked by a digest of its own."""
+        return self._proving is not None
+
     def fill(self, number: int) -> tuple[int, bool]:
         """How many bytes of a chunk that is not there have been written, and whether framed."""
         return self._chunks.fill(number)

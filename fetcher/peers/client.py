@@ -1,0 +1,202 @@
+"""Asking other members for bytes: what is shown to them, and the connections to them.
+
+A peer is a mirror that is trusted with nothing: what it sends is unverified, it is not followed
+anywhere, and it is given little time. It is shown what the registry would be, as it fetches and
+hands out in our name.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+import trio
+
+from fetcher.answers import Piece
+from fetcher.pacing import PacedSink
+from fetcher.peers import protocol
+from fetcher.peers.choice import Appetite
+from fetcher.peers.standings import Standings
+from fetcher.registry import BlobAccess
+from fetcher.routes import Hop, Route
+from fetcher.threads import run_stoppable
+from fetcher.transport import Connection, TransferSettings
+from fetcher.trust import Contexts, Trust
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Mapping
+
+    from fetcher.answers import Sink
+    from fetcher.oci import Descriptor, Reference
+    from fetcher.pacing import Pacing
+    from fetcher.peers.members import Members
+    from fetcher.peers.owners import Member
+    from fetcher.peers.trust import PeerToken
+    from fetcher.ranges import Range
+    from fetcher.schedule import Demand
+
+_MOST_IDLE: Final = 32
+"""Connections that are kept for the next request, of all peers together."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerClientSettings:
+    """How peers are asked. Times are seconds."""
+
+    connect_timeout: float = 1.0
+    stall_timeout: float = 5.0
+    trust: Trust | None = None
+    """For TLS with peers; None where they are spoken to in plain HTTP."""
+    appetite: Appetite = field(default_factory=Appetite)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRequest:
+    """A part of a chunk that is asked for."""
+
+    reference: Reference
+    blob: Descriptor
+    wanted: Range
+    chunk_size: int
+    authorization: str | None = field(repr=False)
+    """What the registry would be shown."""
+    hops: int = 0
+    ready: bool = False
+    """Only where the chunk is there as a whole; see :data:`fetcher.peers.protocol.READY`."""
+    spare: int | None = None
+
+
+class PeerClient:
+    """The node's talk with its peers, for all downloads. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        members: Members,
+        token: PeerToken | None,
+        settings: PeerClientSettings,
+        transfer: TransferSettings,
+    ) -> None:
+        self.members = members
+        self.standings = Standings()
+        self.settings = settings
+        self._token = token
+        self._transfer = transfer
+        self._contexts = Contexts()
+        self._idle: collections.OrderedDict[Connection, str] = collections.OrderedDict()
+        self._wakers: dict[Callable[[], None], None] = {}
+
+    # -- who is told when a request has ended ------------------------------------------------------
+
+    def attend(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called whenever another request may go out."""
+        self._wakers[wake] = None
+
+    def leave(self, wake: Callable[[], None]) -> None:
+        """Not any more."""
+        self._wakers.pop(wake, None)
+
+    def ended(self) -> None:
+        """Another request may go out."""
+        for wake in list(self._wakers):
+            wake()
+
+    # -- one request -------------------------------------------------------------------------------
+
+    async def fetch(
+        self,
+        member: Member,
+        request: PeerRequest,
+        sink: Sink,
+        demand: Demand,
+        pacing: Pacing,
+        answered: Callable[[int, Mapping[str, str]], None],
+    ) -> None:
+        """Fetch a part from a member, as :meth:`fetcher.transport.Connection.fetch` does.
+
+        ``answered`` is told the status and the headers of its answer, in the trio thread.
+        """
+        token = trio.lowlevel.current_trio_token()
+
+        def tell(status: int, headers: Mapping[str, str]) -> None:
+            token.run_sync_soon(answered, status, headers)
+
+        access = self._access(member, request, tell)
+        piece = Piece(request.blob.digest, request.blob.size, request.wanted)
+        connection = self._take(member)
+
+        def work(stop: threading.Event) -> None:
+            connection.fetch(access, piece, PacedSink(sink, demand, pacing, stop), stop)
+
+        pacing.begin(demand)
+        try:
+            await run_stoppable(work)
+        finally:
+            pacing.end(demand)
+            self._give_back(connection, member)
+
+    def _access(
+        self,
+        member: Member,
+        request: PeerRequest,
+        tell: Callable[[int, Mapping[str, str]], None],
+    ) -> BlobAccess:
+        settings, reference, blob = self.settings, request.reference, request.blob
+        scheme = "http" if settings.trust is None else "https"
+        registry = quote(reference.registry, safe=":")
+        path = f"/v2/{reference.repository}/blobs/{blob.digest}?ns={registry}"
+        hop = Hop(
+            f"{scheme}://{member.address}{path}",
+            tuple(self._headers(request).items()),
+            settings.trust or Trust(),
+        )
+        route = Route(member.address, f"peer {member.name}", plain_http=(member.address,))
+        return BlobAccess(
+            hop,
+            route,
+            connect_timeout=settings.connect_timeout,
+            stall_timeout=settings.stall_timeout,
+            redirects=0,
+            on_answer=tell,
+        )
+
+    def _headers(self, request: PeerRequest) -> dict[str, str]:
+        headers = {
+            protocol.FROM: self.members.myself.name,
+            protocol.HOPS: str(request.hops),
+            protocol.CHUNK: str(request.chunk_size),
+            protocol.LAYER: request.blob.media_type,
+        }
+        if request.ready:
+            headers[protocol.READY] = "1"
+        if request.spare is not None:
+            headers[protocol.SPARE] = str(request.spare)
+        if self._token is not None:
+            headers[protocol.TOKEN] = self._token.shown
+        if request.authorization is not None:
+            headers["Authorization"] = request.authorization
+        return headers
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _take(self, member: Member) -> Connection:
+        """A connection that was used with this member before, if there is one."""
+        known = next((one for one, to in self._idle.items() if to == member.address), None)
+        if known is None:
+            return Connection(self._transfer, self._contexts)
+        del self._idle[known]
+        return known
+
+    def _give_back(self, connection: Connection, member: Member) -> None:
+        self._idle[connection] = member.address
+        if len(self._idle) > _MOST_IDLE:
+            oldest, _ = self._idle.popitem(last=False)
+            oldest.close()
+
+    def close(self) -> None:
+        """Close idle connections, once nothing is fetched any more."""
+        for one in self._idle:
+            one.close()
+        self._idle.clear()

@@ -1,0 +1,332 @@
+"""One blob from peers: single chunks, each from whom :mod:`fetcher.peers.choice` says.
+
+Where a peer fails, lacks the chunk or is too slow, its part goes on with somebody else at the very
+byte; the mirrors and the registry, which :mod:`fetcher.download` asks, come last.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from fetcher.errors import (
+    AccessDenied,
+    ChunkMismatch,
+    InvalidRequest,
+    ModelError,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
+from fetcher.network_errors import retry_after
+from fetcher.peers import protocol
+from fetcher.peers.choice import BlobChoice, Flow, Pick
+from fetcher.peers.client import PeerRequest
+from fetcher.peers.protocol import Have
+from fetcher.peers.strands import Cut, Rope
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from fetcher.oci import Descriptor, Reference
+    from fetcher.pacing import Pacing
+    from fetcher.peers.client import PeerClient
+    from fetcher.peers.owners import Member
+    from fetcher.peers.strands import Strand
+    from fetcher.schedule import Piece
+    from fetcher.store.blobs import PartialBlob
+    from fetcher.store.sinks import ChunkSink
+
+logger = logging.getLogger(__name__)
+
+_MOMENT: Final = 0.2
+"""Seconds after which is looked again who may be asked, and who is slow."""
+_RENEWED_SECONDS: Final = 10.0
+"""How often an authorization that peers refused is renewed."""
+
+
+class AskingHosts(Protocol):
+    """How :class:`fetcher.download.Download` asks others than peers."""
+
+    async def authorization(self, *, renew: bool) -> tuple[Reference, str | None]:
+        """Whose blob it is, and what its registry would be shown. Raises ``ModelError``."""
+
+    async def from_hosts(self, strand: Strand, piece: Piece) -> None:
+        """Fetch from mirrors and the registry, to the end."""
+
+
+@dataclass(eq=False)
+class _StrandFlow(Flow):
+    """A request for what a strand is to bring."""
+
+    strand: Strand = field(kw_only=True)
+    start: int = 0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    status: int = 0
+    """Of the answer, once there is one."""
+    other: str = ""
+    """The member that a busy one named."""
+    pause: float | None = None
+
+    def look(self) -> None:
+        remaining = self.strand.remaining
+        self.got, self.left = remaining.start - self.start, len(remaining)
+
+
+@dataclass(eq=False)
+class _Work:
+    """A chunk that is being fetched."""
+
+    piece: Piece
+    rope: Rope
+    nursery: trio.Nursery
+    failure: ModelError | None = None
+    wrong: set[str] = field(default_factory=set)
+    """Who may have sent the wrong bytes that came of it before."""
+
+
+class PeerFetching:
+    """The fetching of one blob from peers. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        client: PeerClient,
+        hosts: AskingHosts,
+        blob: Descriptor,
+        pacing: Pacing,
+        *,
+        trusted: bool,
+    ) -> None:
+        """``trusted`` says that what peers send may be shown before the whole was verified."""
+        self._client = client
+        self._hosts = hosts
+        self._blob = blob
+        self._pacing = pacing
+        self._trusted = trusted
+        self._choice: BlobChoice | None = None
+        self._works: dict[_StrandFlow, _Work] = {}
+        self._renew_at = float("-inf")
+        self._renew = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are peers to ask."""
+        return self._client.members.any
+
+    def begin(self, partial: PartialBlob) -> None:
+        """The blob's chunks are known now."""
+        if self._choice is None or self._choice.chunk_size != partial.chunk_size:
+            self._choice = BlobChoice(
+                str(self._blob.digest),
+                partial.chunk_size,
+                self._blob.size,
+                self._client.members,
+                self._client.standings,
+                self._client.settings.appetite,
+            )
+
+    @property
+    def _chosen(self) -> BlobChoice:
+        if self._choice is None:
+            raise AssertionError("begin() comes first")
+        return self._choice
+
+    def next(self, chunks: Iterable[int]) -> Pick | None:
+        """Which of these to fetch, and from whom; None while all have to wait."""
+        return self._chosen.next(chunks, trio.current_time())
+
+    def at_once(self, chunk: int) -> Pick | None:
+        """From whom to fetch a chunk that waits for nothing."""
+        return self._chosen.at_once(chunk, trio.current_time())
+
+    # -- one chunk ---------------------------------------------------------------------------------
+
+    async def fetch(self, piece: Piece, sink: ChunkSink, pick: Pick) -> None:
+        """Fetch a chunk to its end. Raises :class:`ModelError` where nobody has it."""
+        wrong: set[str] = set()
+        first: Pick | None = pick
+        while sink.remaining:
+            async with trio.open_nursery() as nursery:
+                work = _Work(piece, Rope(sink), nursery, wrong=wrong)
+                nursery.start_soon(self._bring, work, work.rope.first, first)
+            if work.failure is not None:
+                raise work.failure
+            first = None
+        self._chosen.came(pick.chunk)
+
+    async def _bring(self, work: _Work, strand: Strand, pick: Pick | None) -> None:
+        """Have a strand brought to its end, by one source after the other."""
+        chunk = work.piece.chunks.start
+        try:
+            while strand.remaining:
+                pick = pick or self._chosen.at_once(chunk, trio.current_time(), work.wrong)
+                if pick is None:
+                    await trio.sleep(_MOMENT)
+                    continue
+                await self._ask(work, strand, pick)
+                pick = None
+        except ChunkMismatch as error:
+            # it came to its end, and all of it comes again
+            self._blame(work, error)
+        except ModelError as error:
+            work.failure = work.failure or error
+            work.nursery.cancel_scope.cancel()
+
+    async def _ask(self, work: _Work, strand: Strand, pick: Pick) -> None:
+        """One request, to one source."""
+        choice, started = self._chosen, trio.current_time()
+        flow = _StrandFlow(pick, started, strand=strand, start=strand.remaining.start)
+        choice.began(pick)
+        self._works[flow] = work
+        try:
+            with flow.scope:
+                if pick.member is None:
+                    await self._hosts.from_hosts(strand, work.piece)
+                else:
+                    await self._ask_member(flow, work, pick.member)
+        finally:
+            del self._works[flow]
+            choice.ended(pick)
+            flow.look()
+            seconds = trio.current_time() - started
+            name = None if pick.member is None else pick.member.name
+            self._client.standings.measured(name, flow.got, seconds)
+            if pick.member is not None and flow.got:
+                choice.brought(pick.chunk, pick.member)
+            self._client.ended()
+
+    async def _ask_member(self, flow: _StrandFlow, work: _Work, member: Member) -> None:
+        strand, choice, started = flow.strand, self._chosen, trio.current_time()
+        chunk = flow.pick.chunk
+        try:
+            reference, authorization = await self._authorization()
+        except ModelError:
+            # nothing can be shown to peers: mirrors and the registry have the last word
+            choice.lacks(member, chunk, trio.current_time())
+            await self._hosts.from_hosts(strand, work.piece)
+            return
+        wanted = strand.remaining
+        is_first = work.rope.is_front(strand) and wanted.start == chunk * choice.chunk_size
+        in_line = member in choice.line(chunk)
+        nearby = (one.name for one in self._client.members.nearby)
+        request = PeerRequest(
+            reference,
+            self._blob,
+            wanted,
+            choice.chunk_size,
+            authorization,
+            # nobody who waits for us may be waited for: see protocol.READY
+            ready=not (is_first or in_line),
+            spare=self._client.standings.spare(nearby) if is_first else None,
+        )
+        strand.trusted, strand.sender = self._trusted, member.name
+
+        def answered(status: int, headers: Mapping[str, str]) -> None:
+            self._answered(flow, member, status, headers)
+
+        try:
+            await self._client.fetch(
+                member, request, strand, work.piece.demand, self._pacing, answered
+            )
+        except Cut:
+            return
+        except (Unauthenticated, AccessDenied) as error:
+            logger.info("%s; asking somebody else", error.message)
+            self._renew = True
+            choice.lacks(member, chunk, trio.current_time())
+        except NotFound:
+            choice.lacks(member, chunk, trio.current_time())
+        except (Unavailable, InvalidRequest) as error:
+            self._failed(flow, member, error, started)
+
+    def _answered(
+        self, flow: _StrandFlow, member: Member, status: int, headers: Mapping[str, str]
+    ) -> None:
+        """A member's answer begins."""
+        flow.status = status
+        standings, now = self._client.standings, trio.current_time()
+        standings.answered(member.name, now - flow.since)
+        load = headers.get(protocol.LOAD.lower(), "")
+        if load.isascii() and load.isdigit() and len(load) < 6:
+            standings.told(member.name, int(load))
+        have = Have.parse(headers.get(protocol.HAVE.lower(), ""))
+        if have is not None:
+            self._chosen.told(member, have)
+        flow.other = headers.get(protocol.TRY.lower(), "")[:253]
+        flow.pause = retry_after(headers.get("retry-after", ""))
+
+    def _failed(self, flow: _StrandFlow, member: Member, error: ModelError, started: float) -> None:
+        choice, standings, now = self._chosen, self._client.standings, trio.current_time()
+        chunk = flow.pick.chunk
+        if flow.status == 429:
+            if flow.other:
+                choice.named(member, chunk, flow.other, now)
+            if flow.pause is not None or not flow.other:
+                standings.busy(member.name, now, flow.pause)
+        elif flow.status >= 500:
+            # its own word: what keeps it is not that it is broken
+            choice.lacks(member, chunk, now)
+        else:
+            seconds = standings.failed(member.name, now, started)
+            logger.info("%s; not asked again for %.0f s", error.message, seconds)
+
+    def _blame(self, work: _Work, error: ChunkMismatch) -> None:
+        chunk = work.piece.chunks.start
+        senders = self._chosen.contributors.pop(chunk, set())
+        logger.warning("%s; it came from %s", error.message, ", ".join(sorted(senders)))
+        work.wrong |= senders
+        if error.sole:
+            for name in senders:
+                self.ban(name)
+
+    def ban(self, name: str) -> None:
+        """The bytes of a member proved wrong."""
+        seconds = self._client.standings.lied(name, trio.current_time())
+        logger.warning("peer %s sent wrong bytes: it is not asked for %.0f s", name, seconds)
+
+    async def _authorization(self) -> tuple[Reference, str | None]:
+        now = trio.current_time()
+        renew = self._renew and now >= self._renew_at
+        if renew:
+            self._renew, self._renew_at = False, now + _RENEWED_SECONDS
+        return await self._hosts.authorization(renew=renew)
+
+    # -- all that is under way ---------------------------------------------------------------------
+
+    async def pause(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Wait for ``change``, or for a moment, after which another request may go out."""
+        with trio.move_on_after(_MOMENT):
+            await change()
+
+    def review(self, *, idle: bool) -> None:
+        """Leave peers that are much too slow; with nothing else to ask for, have others help."""
+        now, standings = trio.current_time(), self._client.standings
+        flows = list(self._works)
+        for flow in flows:
+            flow.look()
+            member = flow.pick.member
+            if member is not None and standings.judge(member.name, flow.got, now - flow.since, now):
+                logger.info(
+                    "peer %s is much slower than others: what it was to send comes from elsewhere",
+                    member.name,
+                )
+                flow.scope.cancel()
+        if idle:
+            self._have_help([one for one in flows if not one.scope.cancel_called], now)
+
+    def _have_help(self, flows: list[_StrandFlow], now: float) -> None:
+        found = self._chosen.help(flows, now)
+        if found is None or not isinstance(found.flow, _StrandFlow):
+            return
+        flow = found.flow
+        work = self._works[flow]
+        behind = work.rope.split(flow.strand, found.bytes)
+        if behind is None:
+            return
+        if not flow.strand.remaining:
+            flow.scope.cancel()
+        pick = Pick(flow.pick.chunk, found.member)
+        work.nursery.start_soon(self._bring, work, behind, pick)
