@@ -177,11 +177,11 @@ class Cluster:
         """Let nodes that are not started yet be peers of ``members``: of each other."""
         token = self.folder / "token"
         token.write_text("the-token-of-this-cluster\n")
-        peers = [f"{one.name}={one.peer}" for one in members or nodes]
+        peers = [f"{one.name}={one.peer}@{one.host.zone}" for one in members or nodes]
         for node in nodes:
             node.driver.flags += (
                 *("--peer-listen", node.peer, "--peer-token-file", str(token)),
-                *("--peer-name", node.name, "--peer-zone", node.host.zone),
+                *("--peer-name", node.name),
                 *(flag for peer in peers for flag in ("--peers", peer)),
             )
 
