@@ -219,8 +219,25 @@ def test_digests_that_are_given_up_prove_nothing(tmp_path: Path) -> None:
         with pytest.raises(ChunkMismatch):
             sink(data[2 * CHUNK :])
         partial.expect(None)
+        # nothing but that list has spoken for these
+        assert [partial.has(number) for number in range(3)] == [False, False, False]
+        assert partial.done == 0
         assert sink(data[2 * CHUNK :])
-        assert partial.verify(STILL) is False
+        assert partial.sink(Range(0, 2 * CHUNK), trusted=True)(data[: 2 * CHUNK])
+        assert partial.verify(STILL) is True
+
+
+def test_what_the_registry_itself_sent_outlives_digests_that_are_given_up(tmp_path: Path) -> None:
+    builder = weights(3 * CHUNK)
+    data = blob_of(builder)
+    with opened(tmp_path, builder) as (_, partial):
+        partial.expect(chunks_of(data), "r/m")
+        assert partial.sink(Range(0, 2 * CHUNK), trusted=True)(data[: 2 * CHUNK])
+        partial.expect(None)
+        assert [partial.is_trusted(number) for number in range(3)] == [True, True, False]
+        assert partial.sink(Range(2 * CHUNK, 3 * CHUNK))(data[2 * CHUNK :])
+        assert not partial.is_trusted(2)
+        assert partial.verify(STILL) is True
 
 
 def test_chunks_are_as_large_as_those_with_digests_unless_begun(tmp_path: Path) -> None:
