@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +20,7 @@ from csi.cli.app import main as run_command
 from csi.cli.program import Program
 from csi.fuse_connections import obstacle
 from csi.lazy_volumes import LazyVolumes
+from csi.peering import find_peers, has_peers, peer_client
 from csi.pins import pinned_trees
 from csi.served import Folders
 from csi.state import VolumeRecords
@@ -54,12 +55,14 @@ if TYPE_CHECKING:
     from csi.config import Config
     from csi.server import Service
     from fetcher.credentials import Keychain
+    from fetcher.peers.blobs import Ownership
 
 logger = logging.getLogger(__name__)
 
 VERSION: Final = version("model-csi")
 USER_AGENT: Final = f"model-csi/{VERSION}"
 _CLOSE_SECONDS: Final = 5.0
+_BLOBS_AMONG_PEERS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,12 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
         store = Store.open(config.root, config.chunk_size, limits(config))
         closing.callback(store.close)
         async with open_registry(config) as registry, trio.open_nursery() as downloads:
-            jobs = Jobs(store, registry, download_settings(config), downloads)
+            settings = download_settings(config)
+            others = peer_client(config, settings.transfer) if role == "serve" else None
+            if others is not None:
+                closing.callback(others.close)
+                find_peers(config, others.members, downloads)
+            jobs = Jobs(store, registry, settings, downloads, others)
             closing.callback(jobs.close)
             lists = chunk_lists(config, store, registry)
             pulls = Pulls(store, registry, jobs, pull_settings(config), downloads, lists)
@@ -108,7 +116,8 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             )
             lazy = lazy_volumes(config, role, records, models, store, downloads)
             volumes = Volumes(records, pulls, store.root, config.kubelet_dir, lazy)
-            peers = peer_server(config, role, store, registry, jobs, downloads)
+            ownership = OwnsNothing() if others is None else others.members
+            peers = peer_server(config, role, store, registry, jobs, ownership, downloads)
             calls = AgentCalls(
                 store=store,
                 registry=registry,
@@ -174,13 +183,15 @@ def download_settings(config: Config) -> DownloadSettings:
 
 def pull_settings(config: Config) -> PullSettings:
     """How models are pulled, and which may be."""
-    return PullSettings(
+    settings = PullSettings(
         grace=config.pull_grace,
         unpacked_ratio=config.max_unpacked_ratio,
         references=ReferencePolicy.parse(
             config.allowed_models, require_digest=config.require_digest
         ),
     )
+    # of several owners at one time, however small the blobs are
+    return replace(settings, blobs=_BLOBS_AMONG_PEERS) if has_peers(config) else settings
 
 
 def lazy_volumes(
@@ -215,6 +226,7 @@ def peer_server(
     store: Store,
     registry: Registry,
     jobs: Jobs,
+    ownership: Ownership,
     nursery: trio.Nursery,
 ) -> PeerServer | None:
     """What serves other nodes, if this one does; what it fetches for them runs in ``nursery``.
@@ -236,7 +248,7 @@ def peer_server(
     uploads = Uploads(config.peer_uploads, config.peer_upload_rate)
     fills = Fills(store, jobs, nursery)
     return PeerServer(
-        Blobs(store, jobs, fills, rights, policy, OwnsNothing(), uploads, served),
+        Blobs(store, jobs, fills, rights, policy, ownership, uploads, served),
         Manifests(store.catalog, registry, rights, policy),
         None if files.token is None else PeerToken(files.token),
         None if files.certificate is None else PeerTls(files),

@@ -19,6 +19,35 @@ class PeerConfig:
             values.check_listen,
         ),
     ] = None
+    peers: Annotated[
+        tuple[str, ...],
+        Rule(
+            "the nodes that serve each other: name=host:port, with @zone behind it",
+            values.check_peers,
+            values.parse_names,
+        ),
+    ] = ()
+    peer_dns: Annotated[
+        str | None,
+        Rule(
+            "host:port of a name whose addresses are the nodes that serve each other",
+            values.check_peer_dns,
+        ),
+    ] = None
+    peer_service: Annotated[
+        str | None,
+        Rule(
+            "namespace/name of the Kubernetes Service of the nodes that serve each other",
+            values.check_peer_service,
+        ),
+    ] = None
+    peer_name: Annotated[
+        str | None, Rule("this node's name among its peers", values.check_peer_name)
+    ] = None
+    peer_zone: Annotated[
+        str | None,
+        Rule("this node's zone, where discovery does not say it", values.check_peer_name),
+    ] = None
     peer_token_file: Annotated[
         Path | None,
         Rule("file of the tokens that peers show each other, one a line", values.check_path),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fetcher.errors import InvalidRequest
+from fetcher.peers.discovery import parse_peers
 from fetcher.policy import ModelPattern
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _DRIVER_NAME: Final = re.compile(
 )
 _REGISTRY_HOST: Final = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LISTEN: Final = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])?:([0-9]{1,5})")
+_SERVICE: Final = re.compile(r"[a-z0-9-]{1,63}/[a-z0-9-]{1,63}")
+_PEER_NAME: Final = re.compile(r"[A-Za-z0-9._:\[\]-]{1,253}")
 _SIZE: Final = re.compile(r"([0-9]{1,18})\s*(?:(B)|([KMGT])i(?:B)?)?", re.IGNORECASE)
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -185,6 +188,30 @@ def check_uploads(count: int) -> str | None:
 
 def check_rate(rate: int | None) -> str | None:
     return None if rate is None or 64 * KIB <= rate < 1 << 60 else "expected 64KiB or more"
+
+
+def check_peers(peers: tuple[str, ...]) -> str | None:
+    """See :func:`fetcher.peers.discovery.parse_peers`."""
+    try:
+        parse_peers(peers)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_peer_dns(address: str) -> str | None:
+    match = _LISTEN.fullmatch(address)
+    if match is None or address.startswith(":") or not 0 < int(match[1]) < 65536:
+        return "expected host:port"
+    return None
+
+
+def check_peer_service(service: str) -> str | None:
+    return None if _SERVICE.fullmatch(service) else "expected namespace/name"
+
+
+def check_peer_name(name: str) -> str | None:
+    return None if _PEER_NAME.fullmatch(name) else "expected letters, digits and any of - . _ : [ ]"
 
 
 def near_match(name: str, known: Iterable[str]) -> str:

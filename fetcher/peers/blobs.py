@@ -132,8 +132,8 @@ class Blobs:
     async def _send(self, connection: HttpConnection, wish: _Wish, found: Body | None) -> None:
         digest, part, served = wish.asked.digest, wish.part, self._served
         is_here = found is not None and found.there(part) == part.stop
-        is_ours = self._is_ours(wish)
-        is_coming = found is not None and found.is_begun(part)
+        is_ours = not wish.asked.ready and self._is_ours(wish)
+        is_coming = not wish.asked.ready and found is not None and found.is_begun(part)
         if not (is_here or is_ours or is_coming):
             served.lacking += 1
             have = self._have(wish.asked, found)
@@ -163,11 +163,15 @@ class Blobs:
         none.
         """
         asked, part = wish.asked, wish.part
+        other = self._handed.member(asked.digest, part, asked.member) if asked.member else None
+        if other and asked.spare is not None and self._uploads.running > asked.spare:
+            self._served.busy += 1
+            headers = ((protocol.TRY, other), *self._have(asked, found))
+            raise Refusal(429, "TOOMANYREQUESTS", "another member has less to do", headers)
         wait = self._uploads.admit(len(part))
         if wait is not None:
             self._served.busy += 1
-            other = self._handed.member(asked.digest, part, asked.member)
-            elsewhere = ((protocol.TRY, other),) if other and asked.member else ()
+            elsewhere = ((protocol.TRY, other),) if other else ()
             headers = (
                 ("Retry-After", str(max(1, round(wait)))),
                 *elsewhere,
@@ -175,6 +179,9 @@ class Blobs:
             )
             raise Refusal(429, "TOOMANYREQUESTS", "this node is busy", headers)
         left = [len(part)]
+        if asked.member:
+            # it can pass on what arrives
+            self._handed.note(asked.digest, part, asked.member)
         self._served.uploads += 1
         try:
             yield left
@@ -202,8 +209,6 @@ class Blobs:
         await connection.begin(200 if wish.is_whole else 206, headers)
         await passing.send(connection, self._uploads, self._served, left)
         await connection.end()
-        if wish.asked.member:
-            self._handed.note(wish.asked.digest, wish.part, wish.asked.member)
 
     def _headers(self, wish: _Wish, found: Body | None, *, as_whole: bool) -> Headers:
         digest, part = wish.asked.digest, wish.part

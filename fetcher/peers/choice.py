@@ -116,7 +116,7 @@ class BlobChoice:
     # -- the next one ------------------------------------------------------------------------------
 
     def next(self, chunks: Iterable[int], now: float) -> Pick | None:
-        """The next of ``chunks``, best first, and whom to ask; None while all of them have to wait."""
+        """The next of ``chunks``, best first, and whom to ask; None while all have to wait."""
         self._refresh()
         best: Pick | None = None
         least = float("inf")

@@ -142,7 +142,7 @@ class Fills:
     ) -> None:
         try:
             with wanting.scope:
-                await job.want(part)
+                await job.pass_on(part)
         except ModelError as error:
             wanting.failure = error
         finally:

@@ -30,6 +30,8 @@ class Members:
         """``name`` is this node's among the members; ``zone`` is its zone, where that is known
         without discovery.
         """
+        self.given_name = name
+        """By which it goes, unless discovery knows it by another."""
         self._given_zone = zone
         self.myself = Member(name, "", zone)
         """This node, whether or not it serves others."""
@@ -53,7 +55,7 @@ class Members:
                 logger.error("there are more than %d peers: the others are not asked", MAX_MEMBERS)
                 break
             found.setdefault(one.name, one)
-        name = me or self.myself.name
+        name = me or self.given_name
         mine = found.get(name)
         if mine is not None and self._given_zone and mine.zone != self._given_zone:
             mine = found[name] = replace(mine, zone=self._given_zone)

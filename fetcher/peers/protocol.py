@@ -28,7 +28,7 @@ CHUNK: Final = "Model-CSI-Chunk"
 READY: Final = "Model-CSI-Ready"
 """Of a request: only what is there whole is wanted, neither filled in nor passed on as it arrives.
 
-So the rest of a chunk that is here in part is asked for: its two halves must not wait for each other.
+So the rest of a begun chunk is asked for: no two nodes must wait for what the other one has.
 """
 SPARE: Final = "Model-CSI-Spare"
 """Of a request: where more uploads than this are under way, another member that has it will do."""

@@ -84,6 +84,10 @@ class Asked:
     """The blob's media type, by the asker's word."""
     chunk_size: int
     """Of the asker; 0 where it does not say it."""
+    ready: bool = False
+    """Only what is there whole is wanted."""
+    spare: int | None = None
+    """Where more uploads than this are under way, another member will do."""
 
     @property
     def digest(self) -> Digest:
@@ -128,6 +132,8 @@ def read(request: Request, namespace: str) -> Asked | None:
         range="" if "if-range" in headers else headers.get("range", ""),
         layer=headers.get(protocol.LAYER.lower(), ""),
         chunk_size=_number(headers.get(protocol.CHUNK.lower(), ""), 10) or 0,
+        ready=protocol.READY.lower() in headers,
+        spare=_number(headers.get(protocol.SPARE.lower(), ""), 5),
     )
 
 
