@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi.mount_table import Mount, mount_at, mount_table, parse_mount_table, shows_below, topmost
+from csi.served import Folders, MountedTree, TreeKey, mounted_trees, served
 from fetcher.errors import Unavailable
+from fetcher.oci import Digest
 
 NODE = rb"""27 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw,discard
 40 27 0:21 / /proc rw,nosuid,nodev,noexec,relatime shared:12 - proc proc rw
@@ -145,3 +147,29 @@ def test_this_machines_own() -> None:
     assert root in mount_table()
     assert mount_at(Path("/proc")) is not None
     assert mount_at(Path("/no/such/folder")) is None
+
+
+DIGEST = "a" * 64
+LAZY = f"""50 27 0:39 / /r/lazy/sha256/{DIGEST} ro - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
+51 27 0:39 / /pods/one/mount ro,nosuid,nodev shared:8 - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
+52 27 0:39 /sub /pods/two/mount ro - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
+53 27 0:40 / /pods/key/mount ro - fuse.model-csi /r/lazy/sha256/{DIGEST}.0f12 ro
+54 27 0:41 / /pods/far/mount ro - fuse.model-csi /other/lazy/sha256/{DIGEST} ro
+55 27 0:42 / /pods/odd/mount ro - fuse.model-csi /r/lazy/sha256/odd ro
+56 27 0:43 / /pods/low/mount ro - fuse.model-csi /r/lazy/sha256/{DIGEST}/x ro
+57 27 0:44 / /pods/not/mount ro - fuse.sshfs /r/lazy/sha256/{DIGEST} ro
+""".encode()
+
+
+def test_what_workers_serve_is_told_by_the_name_of_their_mount() -> None:
+    folders = Folders(Path("/r"), Path("/r/models"), Path("/r/lazy"))
+    mounts = parse_mount_table(NODE + LAZY)
+    model = Digest("sha256", DIGEST)
+    assert mounted_trees(mounts, folders) == [
+        MountedTree(model, "", Path("/pods/one/mount"), whole=True, lazy=True),
+        MountedTree(model, "", Path("/pods/two/mount"), whole=False, lazy=True),
+        MountedTree(model, "0f12", Path("/pods/key/mount"), whole=True, lazy=True),
+    ]
+    keys = [key for _, key in served(mounts, folders.lazy)]
+    assert keys == [TreeKey(model, "")] * 3 + [TreeKey(model, "0f12")]
+    assert folders.mountpoint(keys[-1]) == Path(f"/r/lazy/sha256/{DIGEST}.0f12")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from csi.state import VolumeRecord, VolumeRecords, VolumeState
+from csi.state import Shown, VolumeRecord, VolumeRecords, VolumeState
 from fetcher.errors import ModelError
 from fetcher.store.database import Database
 
@@ -52,6 +52,9 @@ def test_records_come_back_as_they_went(database: Database) -> None:
         files=7,
         pod="ns/name",
         created=2.5,
+        shown=Shown.LAZY,
+        prefetch="opened",
+        reason="not all of it is here",
     )
     other = replace(ONE, volume_id="csi-2", created=3.5)
     for record in (ONE, two, other):
@@ -107,3 +110,32 @@ def test_a_table_that_cannot_be_read(database: Database) -> None:
         records.all()
     with pytest.raises(ModelError):
         records.save(ONE)
+
+
+OLD_TABLE = """
+CREATE TABLE volumes (
+    volume_id TEXT NOT NULL, target TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('publishing', 'published', 'unpublishing')),
+    fingerprint TEXT NOT NULL, reference TEXT NOT NULL, digest TEXT NOT NULL, model TEXT NOT NULL,
+    selection TEXT NOT NULL, made_target INTEGER NOT NULL, origin TEXT, size INTEGER NOT NULL,
+    files INTEGER NOT NULL, pod TEXT, created REAL NOT NULL,
+    PRIMARY KEY (volume_id, target)) STRICT
+"""
+OLD_ROW = (
+    *("csi-1", "/pods/one/mount", "publishing", ONE.fingerprint, ONE.reference, ONE.digest),
+    *(ONE.model, "", 0, None, 0, 0, None, 1.5),
+)
+
+
+def test_records_of_an_earlier_version_are_taken_over(database: Database) -> None:
+    places = ", ".join("?" * len(OLD_ROW))
+    insert = f"INSERT INTO volumes VALUES ({places})"  # noqa: S608 (a constant)
+    with database.transaction() as connection:
+        connection.execute(OLD_TABLE)
+        connection.execute(insert, OLD_ROW)
+    assert VolumeRecords(database).all() == [ONE]
+    records = VolumeRecords(database)
+    assert records.all() == [ONE]
+    lazy = replace(ONE, shown=Shown.LAZY)
+    records.save(lazy)
+    assert records.all() == [lazy]
