@@ -6,6 +6,7 @@ byte; the mirrors and the registry, which :mod:`fetcher.download` asks, come las
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -182,7 +183,8 @@ class PeerFetching:
         choice.began(pick)
         self._works[flow] = work
         try:
-            with flow.scope:
+            # a cut comes when others have been asked for the rest
+            with contextlib.suppress(Cut), flow.scope:
                 if pick.member is None:
                     await self._hosts.from_hosts(strand, work.piece)
                 else:
@@ -231,8 +233,6 @@ class PeerFetching:
             await self._client.fetch(
                 member, request, strand, work.piece.demand, self._pacing, answered
             )
-        except Cut:
-            return
         except (Unauthenticated, AccessDenied) as error:
             logger.info("%s; asking somebody else", error.message)
             self._renew = True
