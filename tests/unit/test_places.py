@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fetcher.errors import InvalidArtifact, ModelError, NoSpace
@@ -81,6 +81,7 @@ contents = st.one_of(
 archives = st.dictionaries(st.one_of(names, long_names), contents, max_size=12)
 
 
+@settings(deadline=None)
 @given(archives, st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), st.data())
 def test_a_tar_is_whole_however_it_arrives_and_is_interrupted(
     tmp_path_factory: pytest.TempPathFactory,
