@@ -113,6 +113,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 keychain,
                 downloads,
                 LazySettings(head_bytes=config.chunk_size),
+                lists,
             )
             lazy = lazy_volumes(config, role, records, models, store, downloads)
             volumes = Volumes(records, pulls, store.root, config.kubelet_dir, lazy)

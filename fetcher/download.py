@@ -404,7 +404,8 @@ class Download:
                     raise
                 continue
             mirrors = hosts.able("pull")
-            if trusted and self._settings.lazy_sources is LazySources.REGISTRY:
+            by_word = trusted and not partial.is_proving
+            if by_word and self._settings.lazy_sources is LazySources.REGISTRY:
                 mirrors = ()
             by_base = {one.base: one for one in (*mirrors, hosts.server)}
             self._server = hosts.server.base

@@ -143,6 +143,7 @@ class Job:
         self.chunks = None
         if self.partial is not None:
             self.partial.expect(None)
+            self.look_again()
 
     def failed(self, piece: Piece, error: ModelError) -> bool:
         """A piece cannot be had: whether that is for those who want it alone to know."""

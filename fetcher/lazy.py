@@ -32,6 +32,7 @@ from fetcher.store.footprint import content_name, tree_name
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fetcher.chunk_lists import ChunkLists
     from fetcher.credentials import Keychain
     from fetcher.jobs import Jobs
     from fetcher.layouts import Layouts
@@ -65,10 +66,11 @@ class LazyModels:
         keychain: Keychain,
         nursery: trio.Nursery,
         settings: LazySettings | None = None,
+        lists: ChunkLists | None = None,
     ) -> None:
         """They are filled in ``nursery``; ``keychain`` is the node's own."""
         settings = settings or LazySettings()
-        self._parts = LazyParts(store, registry, jobs, layouts, keychain, settings)
+        self._parts = LazyParts(store, registry, jobs, layouts, keychain, settings, lists)
         self._store = store
         self._proofs = proofs
         self._nursery = nursery
@@ -97,6 +99,9 @@ class LazyModels:
         if known is None:
             layers = selection.layers(resolved.model)
             await self._proofs.prove(resolved.reference, layers, resolved.keychain)
+            if self._parts.lists is not None:
+                # before its first byte comes: what came unproven stays so
+                await self._parts.lists.find(resolved.reference, resolved.model, resolved.keychain)
             known = self._models.get(key)
         if known is None:
             plan = self._plan(resolved, selection, prefetch)

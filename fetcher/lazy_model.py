@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -23,6 +23,7 @@ from fetcher.threads import run_stoppable
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fetcher.chunk_lists import ChunkLists, KnownList
     from fetcher.credentials import Keychain
     from fetcher.jobs import Jobs
     from fetcher.layouts import Layouts
@@ -67,6 +68,13 @@ class LazyParts:
     layouts: Layouts
     keychain: Keychain
     settings: LazySettings
+    lists: ChunkLists | None
+
+    def known_chunks(self, plan: LazyPlan) -> KnownList | None:
+        """What proves single chunks of a model, as far as it was looked for."""
+        if self.lists is None or not plan.reference:
+            return None
+        return self.lists.known(Reference.parse(plan.reference), plan.read_model())
 
     def guess(self, plan: LazyPlan) -> Source | None:
         """Where a model may be fetched from while nobody says as whom: as the node itself."""
@@ -84,7 +92,8 @@ class LazyModel:
         self.plan = plan
         self.model = plan.read_model()
         self.selection = plan.selection
-        self.source = source or parts.guess(plan)
+        self._chunks = parts.known_chunks(plan)
+        self.source = self._with_chunks(source or parts.guess(plan))
         """Where it is fetched from, as whom; None until somebody says so."""
         self.ticket = ""
         """What the worker is to show to the next agent; secret."""
@@ -187,7 +196,7 @@ class LazyModel:
 
     async def renew(self, source: Source) -> None:
         """Go on with these credentials, and let the worker remember them."""
-        self.source, self._recalled = source, False
+        self.source, self._recalled = self._with_chunks(source), False
         for layer in self.selection.layers(self.model).values():
             job = self._parts.jobs.running(layer.descriptor.digest)
             if job is not None and job.trusted_name == source.reference.name:
@@ -198,6 +207,13 @@ class LazyModel:
             self.ticket = ticket
             for listener in list(self.listeners):
                 listener.renewed(ticket)
+
+    def _with_chunks(self, source: Source | None) -> Source | None:
+        """The source with what proves single chunks, if it is of the name whose list that is."""
+        known = self._chunks
+        if source is None or known is None or known.name != source.reference.name:
+            return source
+        return replace(source, chunks=known)
 
     async def recall(self, ticket: str) -> None:
         """Go on with what the worker remembers, unless something newer is known."""

@@ -142,14 +142,19 @@ class PartialBlob:
             self.size,
             self.chunk_size,
         )
+        before = self._proving
         self._proving = Proving(chunks, name) if chunks is not None and fits else None
+        for number in () if before is None else before.vouched():
+            # who is to be believed no more has let it pass
+            self.drop(number)
         self.verify_anew()
         return fits
 
     @property
     def is_proving(self) -> bool:
-        """Whether each chunk that comes is checked by a digest of its own."""
-        return self._proving is not None
+        """Whether each chunk that comes is trusted, whoever sends it: its own digest proves it."""
+        proving = self._proving
+        return proving is not None and proving.name == self._trusted_name
 
     def fill(self, number: int) -> tuple[int, bool]:
         """How many bytes of a chunk that is not there have been written, and whether framed."""
@@ -367,23 +372,25 @@ class PartialBlob:
         :class:`ModelError`.
         """
         chunk = self.chunk(number)
+        proving = self._proving
         with self._map_errors():
-            trusted |= self._prove(number, framed=framed)
+            if proving is not None:
+                self._prove(proving, number, framed=framed, trusted=trusted)
+                trusted |= proving.name == self._trusted_name
             self._chunks.mark(number, framed=framed, trusted=trusted)
             self._place.arrived(chunk, framed=framed)
         with self._arrival:
             self.done += len(chunk)
             self._arrival.notify_all()
+        if proving is not self._proving and proving is not None and proving.is_vouched(number):
+            self.drop(number)
         self._tell(number)
 
-    def _prove(self, number: int, *, framed: bool) -> bool:
-        """Check what was written of a whole chunk: whether it is trusted by that."""
-        proving = self._proving
-        if proving is None:
-            return False
+    def _prove(self, proving: Proving, number: int, *, framed: bool, trusted: bool) -> None:
+        """Check what was written of a whole chunk."""
         buffer = memoryview(bytearray(min(_VERIFY_BYTES, self.size)))
-        if proving.check(number, self._blocks(number, buffer, framed=framed)):
-            return proving.name == self._trusted_name
+        if proving.check(number, self._blocks(number, buffer, framed=framed), alone=not trusted):
+            return
         self._chunks.set_fill(number, 0, framed=False)
         raise ChunkMismatch(
             f"what came for chunk {number} of blob {self.digest} is not what its digest says",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fetcher.chunk_digests import BlobChunks
+
+
+_PROVEN: Final = 1
+_ALONE: Final = 2
 
 
 class Proving:
@@ -22,11 +26,24 @@ class Proving:
         self._chunks = chunks
         self._proven = bytearray(chunks.count)
 
-    def check(self, number: int, blocks: Iterable[bytes | memoryview]) -> bool:
-        """Whether these bytes are the chunk; it is proven then."""
+    def check(
+        self, number: int, blocks: Iterable[bytes | memoryview], *, alone: bool = True
+    ) -> bool:
+        """Whether these bytes are the chunk; it is proven then.
+
+        ``alone`` says that nothing else speaks for them.
+        """
         right = self._chunks.check(number, blocks)
-        self._proven[number] = right
+        self._proven[number] = (_ALONE if alone else _PROVEN) if right else 0
         return right
+
+    def is_vouched(self, number: int) -> bool:
+        """Whether nothing but its digest speaks for a chunk."""
+        return self._proven[number] == _ALONE
+
+    def vouched(self) -> list[int]:
+        """The chunks for which nothing but their digests speaks."""
+        return [number for number, proven in enumerate(self._proven) if proven == _ALONE]
 
     def has(self, number: int) -> bool:
         """Whether a chunk was proven."""
@@ -34,7 +51,7 @@ class Proving:
 
     def forget(self, number: int) -> None:
         """A chunk is not what it was."""
-        self._proven[number] = False
+        self._proven[number] = 0
 
     @property
     def is_complete(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fetcher.chunk_lists import ChunkLists
 from fetcher.credentials import Anonymous
 from fetcher.jobs import Jobs
 from fetcher.lazy import LazyModels, LazySettings
@@ -102,6 +103,7 @@ async def lazy_node(
     downloads: DownloadSettings = QUICK,
     registries: RegistrySettings | None = None,
     keychain: Keychain = NODE,
+    with_lists: bool = False,
 ) -> AsyncIterator[LazyNode]:
     """An agent's parts, composed as the driver does it; leaving them is its end."""
     store = Store.open(root, chunk_size, limits)
@@ -110,6 +112,7 @@ async def lazy_node(
         async with trio.open_nursery() as nursery:
             jobs = Jobs(store, registry, downloads, nursery)
             pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
+            lists = ChunkLists(store, registry, chunk_size) if with_lists else None
             models = LazyModels(
                 store,
                 registry,
@@ -119,6 +122,7 @@ async def lazy_node(
                 keychain,
                 nursery,
                 LazySettings(head_bytes=chunk_size),
+                lists,
             )
             yield LazyNode(store, registry, jobs, pulls, models)
             nursery.cancel_scope.cancel()
