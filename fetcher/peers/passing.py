@@ -95,15 +95,18 @@ class Passing:
             body = self._find()
             if body is not None and body.there(part) > part.start:
                 return body
-            job = self._arriving()
             with trio.CancelScope() as self._waiting:
-                await job.change()
+                await self._news()
 
-    def _arriving(self) -> Job:
-        """What fetches it still; raises why nothing more will arrive, if that is so."""
+    async def _news(self) -> None:
+        """Wait until there may be more; raises why nothing more will arrive, if that is so."""
         job, wanting = self._job, self.wanting
         if wanting is not None and wanting.failure is not None:
             raise wanting.failure
-        if job is None or job.finished.is_set() or (wanting is not None and wanting.ended):
+        if job is not None and not job.finished.is_set():
+            await job.change()
+        elif wanting is not None and not wanting.ended:
+            # it is about to say why
+            await trio.sleep_forever()
+        else:
             raise Unavailable("it stopped arriving: ask again", retry_after=1.0)
-        return job
