@@ -18,7 +18,7 @@ import trio
 from csi.attributes import Mode
 from csi.mount_table import mount_at, mount_table
 from csi.revivals import Revivals
-from csi.served import TreeKey, key_of_name, served
+from csi.served import TreeKey, key_of_name, shown_by_workers
 from csi.state import Shown, VolumeState
 from fetcher.errors import ModelError, Unsupported
 from fetcher.lazy_plan import decode_plan, plan_path
@@ -247,9 +247,7 @@ class LazyVolumes:
     def _used(self) -> set[TreeKey]:
         """What records or mounts show lazily: a mount of which the record was lost counts too."""
         used = {_key(record) for record in self._shown()}
-        for mount, key in served(mount_table(), self._folders.lazy):
-            if mount.mountpoint != mount.source:
-                used.add(key)
+        used |= {key for _, key in shown_by_workers(mount_table(), self._folders.lazy)}
         return used
 
     # -- what is there -----------------------------------------------------------------------------

@@ -81,17 +81,13 @@ def mounted_trees(
 ) -> list[MountedTree]:
     """What ``mounts`` (all of ``table``, unless given) show of the store's trees and models.
 
-    One entry for each mount. The mount that a worker made for itself is not among them: it is there
-    for others to be made of.
+    One entry for each mount; see :func:`shown_by_workers`.
     """
     found = [_bound(mount, path) for mount, path in shown_below(table, folders.models, mounts)]
     found += [
-        MountedTree(
-            key.model, key.selection, Path(mount.mountpoint), mount.root == "/", lazy=True
-        )
-        for mount, key in served(table if mounts is None else mounts, folders.lazy)
-        if mount.mountpoint != mount.source
-    ]  # fmt: skip
+        MountedTree(key.model, key.selection, Path(mount.mountpoint), mount.root == "/", lazy=True)
+        for mount, key in shown_by_workers(table if mounts is None else mounts, folders.lazy)
+    ]
     return [tree for tree in found if tree is not None]
 
 
@@ -106,6 +102,18 @@ def served(mounts: Sequence[Mount], lazy: Path) -> Iterator[tuple[Mount, TreeKey
             continue
         key, within = _key(source.relative_to(lazy))
         if key is not None and not within:
+            yield mount, key
+
+
+def shown_by_workers(mounts: Sequence[Mount], lazy: Path) -> Iterator[tuple[Mount, TreeKey]]:
+    """As :func:`served`, without what workers mounted for themselves: what others made of it.
+
+    The worker's own mount is seen at more than one path where the node's folders are mounted once
+    more, as within a container that looks after the node.
+    """
+    for mount, key in served(mounts, lazy):
+        own = PurePosixPath(mount.source).relative_to(lazy.parent)
+        if PurePosixPath(mount.mountpoint).parts[-len(own.parts) :] != own.parts:
             yield mount, key
 
 

@@ -94,6 +94,50 @@ def test_kills_in_the_middle_of_reads(
     assert_nothing_left(running)
 
 
+def test_wrong_bytes_are_never_shown_and_the_volume_says_why(
+    driver: Driver, registry: RegistryServer, proxy: Proxy
+) -> None:
+    """What one connection sent wrong is found when all is there; the volume is of no use then."""
+    model = Model(registry, proxy, "wrong", 4 * MIB)
+    proxy.faults = Faults(corrupt_at=3 * MIB)
+    running = driver.start()
+    target = running.target("one")
+    with kubelet_of(running) as kubelet:
+        kubelet.publish_inline("csi-one", target, model.attributes())
+        wait_until(lambda: kubelet.stats("csi-one", target).abnormal, "abnormal", 30)
+        assert "digest" in kubelet.stats("csi-one", target).message
+        with pytest.raises(OSError, match="Input/output error"):
+            model.is_right(target)
+        assert (target / "config.json").read_text() == model.config
+        kubelet.unpublish("csi-one", target)
+        proxy.faults = Faults()
+        kubelet.publish_inline("csi-one", target, model.attributes())
+        assert model.is_right(target)
+        kubelet.unpublish("csi-one", target)
+    assert_nothing_left(running)
+
+
+def test_reads_wait_for_a_registry_that_comes_back(
+    driver: Driver, registry: RegistryServer, proxy: Proxy, tmp_path: Path
+) -> None:
+    model = Model(registry, proxy, "gone", 16 * MIB)
+    right = tmp_path / "right"
+    right.write_bytes(model.data)
+    running = driver.start()
+    target = running.target("one")
+    with kubelet_of(running) as kubelet:
+        kubelet.publish_inline("csi-one", target, model.attributes(prefetch="none"))
+        with random_reader(target / "model.safetensors", right) as reader:
+            proxy.faults = Faults(statuses=[503] * 1000)
+            wait_until(lambda: kubelet.stats("csi-one", target).abnormal, "abnormal", 40)
+            proxy.faults = Faults()
+            reader.goes_on()
+            assert reader.errors == {}
+        settled(kubelet, "csi-one", target)
+        kubelet.unpublish("csi-one", target)
+    assert_nothing_left(running)
+
+
 class Cycles:
     """Volumes that are published, read and unpublished, by many at once."""
 

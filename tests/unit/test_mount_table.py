@@ -151,6 +151,7 @@ def test_this_machines_own() -> None:
 
 DIGEST = "a" * 64
 LAZY = f"""50 27 0:39 / /r/lazy/sha256/{DIGEST} ro - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
+58 27 0:39 / /host/r/lazy/sha256/{DIGEST} ro - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
 51 27 0:39 / /pods/one/mount ro,nosuid,nodev shared:8 - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
 52 27 0:39 /sub /pods/two/mount ro - fuse.model-csi /r/lazy/sha256/{DIGEST} ro
 53 27 0:40 / /pods/key/mount ro - fuse.model-csi /r/lazy/sha256/{DIGEST}.0f12 ro
@@ -171,5 +172,5 @@ def test_what_workers_serve_is_told_by_the_name_of_their_mount() -> None:
         MountedTree(model, "0f12", Path("/pods/key/mount"), whole=True, lazy=True),
     ]
     keys = [key for _, key in served(mounts, folders.lazy)]
-    assert keys == [TreeKey(model, "")] * 3 + [TreeKey(model, "0f12")]
+    assert keys == [TreeKey(model, "")] * 4 + [TreeKey(model, "0f12")]
     assert folders.mountpoint(keys[-1]) == Path(f"/r/lazy/sha256/{DIGEST}.0f12")
