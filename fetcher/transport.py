@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     _Key = tuple[Goal, tuple[int, ...]]
 
-_BUFFER_BYTES: Final = 1024 * 1024
+_BUFFER_BYTES: Final = 512 * 1024
 _MOST_KEPT: Final = 4
 _LONGEST_IDLE: Final = 60.0
 LEAST_SPEED: Final = 4096
