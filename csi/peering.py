@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def has_peers(config: Config) -> bool:
     """Whether there is a way to find peers."""
-    return bool(config.peers)
+    return bool(config.peers or config.peer_dns or config.peer_service)
 
 
 def peer_client(config: Config, transfer: TransferSettings) -> PeerClient | None:
@@ -48,6 +48,15 @@ def _ways(config: Config) -> list[Discovery]:
     found: list[Discovery] = []
     if config.peers:
         found.append(StaticPeers(config.peers))
+    if config.peer_dns is not None:
+        # here and below, as most commands need neither and would start slower
+        from fetcher.peers.dns_peers import DnsPeers
+
+        found.append(DnsPeers(config.peer_dns))
+    if config.peer_service is not None:
+        from fetcher.peers.kubernetes_peers import KubernetesPeers
+
+        found.append(KubernetesPeers(config.peer_service))
     return found
 
 

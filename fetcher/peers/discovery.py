@@ -6,6 +6,7 @@ there, and those that are not fail quickly when they are asked.
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 from typing import TYPE_CHECKING, Final, Protocol
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from fetcher.peers.members import Members
+
+logger: Final = logging.getLogger(__name__)
 
 _PEER: Final = re.compile(
     r"(?:(?P<name>[A-Za-z0-9._:\[\]-]{1,253})=)?"
@@ -76,7 +79,11 @@ class Gathering:
             everybody = [one for some in self._found.values() for one in some]
             self._members.replace(everybody, self._myself(everybody))
 
-        await way.run(found)
+        try:
+            await way.run(found)
+        except Exception:
+            # a fault of this program: whoever was found stays, and pulls go on
+            logger.exception("peers are not looked for any more by %s", type(way).__name__)
 
     def _myself(self, members: Iterable[Member]) -> str | None:
         """The name of this node, where it goes by its address among them."""
@@ -85,6 +92,11 @@ class Gathering:
         if port is None or any(one.name == name for one in members):
             return None
         return next((one.name for one in candidates if is_own(one.address)), None)
+
+
+def joined(host: str, port: int) -> str:
+    """``host:port``, of an IPv6 address as well."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_own(address: str) -> bool:
