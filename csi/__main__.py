@@ -38,6 +38,7 @@ from fetcher.peers.access import Rights
 from fetcher.peers.blobs import Blobs, OwnsNothing
 from fetcher.peers.fills import Fills
 from fetcher.peers.manifests import Manifests
+from fetcher.peers.offers import Offers
 from fetcher.peers.served import Served
 from fetcher.peers.server import PeerServer, PeerServerSettings, listen
 from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
@@ -251,6 +252,7 @@ def peer_server(
     return PeerServer(
         Blobs(store, jobs, fills, rights, policy, ownership, uploads, served),
         Manifests(store.catalog, registry, rights, policy),
+        Offers(store, rights, policy),
         None if files.token is None else PeerToken(files.token),
         None if files.certificate is None else PeerTls(files),
         served,

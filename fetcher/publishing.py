@@ -6,7 +6,6 @@ list of referrers has it kept by its clients, in an index under a tag.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from fetcher.chunk_digests import CHUNK_SIZE_KEY, LIST_TYPE
+from fetcher.chunk_digests import LIST_TYPE
+from fetcher.chunk_documents import EMPTY, list_manifest, list_row, with_row
 from fetcher.errors import InvalidArtifact, Unavailable
 from fetcher.oci import IMAGE_INDEX, IMAGE_MANIFEST, Digest, Manifest
 from fetcher.referrers import Referrers, has, referrers_tag
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
-_EMPTY_TYPE: Final = "application/vnd.oci.empty.v1+json"
-_EMPTY: Final = b"{}"
 _SEEN_SECONDS: Final = 10.0
 """How long a registry may take to list what it was given."""
 _LOOK_SECONDS: Final = 0.5
@@ -90,7 +88,7 @@ class _Publishing:
         model = await self._registry.manifest(self._reference, self._keychain)
         if not isinstance(model, Manifest):
             raise InvalidArtifact(f"{self._reference} is an index, and not a model's manifest")
-        manifest = _manifest(body, chunk_size, model)
+        manifest = list_manifest(body, chunk_size, model)
         digest = Digest.of(manifest)
         listed = await self._referrers.listed(
             self._reference, self._subject, LIST_TYPE, self._keychain
@@ -98,15 +96,15 @@ class _Publishing:
         if listed is not None:
             if has(listed, digest):
                 return Published(digest, pushed=False, tag="")
-            await self._send(str(digest), IMAGE_MANIFEST, manifest, (body, _EMPTY))
+            await self._send(str(digest), IMAGE_MANIFEST, manifest, (body, EMPTY))
             await self._wait_until_listed(digest)
             return Published(digest, pushed=True, tag="")
         tag = referrers_tag(self._subject)
         index = await self._referrers.tagged(self._reference, self._subject, self._keychain)
         if index is not None and has(index.manifests, digest):
             return Published(digest, pushed=False, tag=tag)
-        await self._send(str(digest), IMAGE_MANIFEST, manifest, (body, _EMPTY))
-        await self._add_to_tag(_row(manifest, digest, chunk_size), digest)
+        await self._send(str(digest), IMAGE_MANIFEST, manifest, (body, EMPTY))
+        await self._add_to_tag(list_row(manifest, digest, chunk_size), digest)
         return Published(digest, pushed=True, tag=tag)
 
     async def _send(
@@ -140,7 +138,7 @@ class _Publishing:
         tag = referrers_tag(self._subject)
         index = await self._referrers.tagged(self._reference, self._subject, self._keychain)
         for _ in range(_TAG_ATTEMPTS):
-            await self._send(tag, IMAGE_INDEX, _with_row(index.body if index else None, row))
+            await self._send(tag, IMAGE_INDEX, with_row(index.body if index else None, row))
             index = await self._referrers.tagged(self._reference, self._subject, self._keychain)
             if index is not None and has(index.manifests, digest):
                 return
@@ -148,40 +146,3 @@ class _Publishing:
         raise Unavailable(
             f"the tag {tag} of {self._reference.name} is changed by others all the time: try again"
         )
-
-
-def _manifest(body: bytes, chunk_size: int, subject: Manifest) -> bytes:
-    """The list's manifest; the same for the same list, so that it is pushed once."""
-    document = {
-        "schemaVersion": 2,
-        "mediaType": IMAGE_MANIFEST,
-        "artifactType": LIST_TYPE,
-        "config": _descriptor(_EMPTY_TYPE, Digest.of(_EMPTY), len(_EMPTY)),
-        "layers": [_descriptor(LIST_TYPE, Digest.of(body), len(body))],
-        "subject": _descriptor(subject.media_type, subject.digest, subject.size),
-        "annotations": {CHUNK_SIZE_KEY: str(chunk_size)},
-    }
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-def _row(manifest: bytes, digest: Digest, chunk_size: int) -> dict[str, Any]:
-    """The list as the tagged index names it: with its type and its annotations."""
-    return {
-        **_descriptor(IMAGE_MANIFEST, digest, len(manifest)),
-        "artifactType": LIST_TYPE,
-        "annotations": {CHUNK_SIZE_KEY: str(chunk_size)},
-    }
-
-
-def _with_row(body: bytes | None, row: dict[str, Any]) -> bytes:
-    """The index in ``body``, as it is but for one row more."""
-    document: dict[str, Any] = {"schemaVersion": 2, "mediaType": IMAGE_INDEX, "manifests": []}
-    if body is not None:
-        document = json.loads(body)
-    others = [one for one in document["manifests"] if one.get("digest") != row["digest"]]
-    document["manifests"] = [*others, row]
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-def _descriptor(media_type: str, digest: Digest, size: int) -> dict[str, Any]:
-    return {"mediaType": media_type, "digest": str(digest), "size": size}

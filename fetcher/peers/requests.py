@@ -88,6 +88,8 @@ class Asked:
     """Only what is there whole is wanted."""
     spare: int | None = None
     """Where more uploads than this are under way, another member will do."""
+    artifact_type: str = ""
+    """What of all that refers to a manifest is asked for; empty for everything."""
 
     @property
     def digest(self) -> Digest:
@@ -116,7 +118,7 @@ def read(request: Request, namespace: str) -> Asked | None:
     if path in ("/v2", "/v2/"):
         return None
     name, kind, target = _split(unquote(path.removeprefix("/v2/")))
-    registry = _registry(query) or namespace
+    registry = _parameter(query, "ns") or namespace
     if not registry:
         raise Refusal(
             404, "NAME_UNKNOWN", "this is a mirror of many registries: name one with ?ns=HOST"
@@ -134,6 +136,7 @@ def read(request: Request, namespace: str) -> Asked | None:
         chunk_size=_number(headers.get(protocol.CHUNK.lower(), ""), 10) or 0,
         ready=protocol.READY.lower() in headers,
         spare=_number(headers.get(protocol.SPARE.lower(), ""), 5),
+        artifact_type=_parameter(query, "artifactType"),
     )
 
 
@@ -145,8 +148,8 @@ def _split(path: str) -> tuple[str, str, str]:
     return "/".join(parts[:-2]), parts[-2], parts[-1]
 
 
-def _registry(query: str) -> str:
-    return parse_qs(query, max_num_fields=16).get("ns", [""])[0] if query.count("&") < 16 else ""
+def _parameter(query: str, name: str) -> str:
+    return parse_qs(query, max_num_fields=16).get(name, [""])[0] if query.count("&") < 16 else ""
 
 
 def _reference(registry: str, name: str, kind: str, target: str) -> Reference:

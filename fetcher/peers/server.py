@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from fetcher.peers.blobs import Blobs
     from fetcher.peers.http import Stream
     from fetcher.peers.manifests import Manifests
-    from fetcher.peers.requests import Request
+    from fetcher.peers.offers import Offers
+    from fetcher.peers.requests import Asked, Request
     from fetcher.peers.served import Served
     from fetcher.peers.trust import PeerTls, PeerToken
 
@@ -71,6 +72,7 @@ class PeerServer:
         self,
         blobs: Blobs,
         manifests: Manifests,
+        offers: Offers,
         token: PeerToken | None,
         tls: PeerTls | None,
         served: Served,
@@ -79,6 +81,7 @@ class PeerServer:
         """``token`` and ``tls`` are required of everybody where they are given."""
         self._blobs = blobs
         self._manifests = manifests
+        self._offers = offers
         self._token = token
         self._tls = tls
         self.served = served
@@ -161,12 +164,8 @@ class PeerServer:
             if asked is None:
                 headers = (("Content-Type", "application/json"),)
                 await connection.answer(200, headers, b"{}")
-            elif asked.kind == "blobs":
-                await self._blobs.answer(connection, asked, is_head=request.is_head)
-            elif asked.kind == "manifests":
-                await self._manifests.answer(connection, asked)
             else:
-                raise Refusal(404, "MANIFEST_UNKNOWN", "nothing is known that refers to it")
+                await self._answer_asked(connection, asked, is_head=request.is_head)
         except Refusal as error:
             await self._refuse(connection, error)
         except ModelError as error:
@@ -175,6 +174,18 @@ class PeerServer:
             logger.debug("a peer asked for %s: %s", request.target, error.message)
             kind = "" if asked is None else asked.kind
             await self._refuse(connection, requests.refusal(error, kind))
+
+    async def _answer_asked(
+        self, connection: HttpConnection, asked: Asked, *, is_head: bool
+    ) -> None:
+        if asked.kind == "referrers":
+            await self._offers.answer(connection, asked)
+        elif await self._offers.answer_part(connection, asked):
+            return
+        elif asked.kind == "blobs":
+            await self._blobs.answer(connection, asked, is_head=is_head)
+        else:
+            await self._manifests.answer(connection, asked)
 
     async def _refuse(
         self, connection: HttpConnection, refusal: Refusal, *, close: bool = False

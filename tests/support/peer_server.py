@@ -15,6 +15,7 @@ from fetcher.peers.blobs import Blobs, OwnsNothing
 from fetcher.peers.fills import Fills
 from fetcher.peers.http import HttpPatience
 from fetcher.peers.manifests import Manifests
+from fetcher.peers.offers import Offers
 from fetcher.peers.served import Served
 from fetcher.peers.server import PeerServer, PeerServerSettings, listen
 from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
@@ -108,6 +109,7 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
             server = PeerServer(
                 Blobs(store, jobs, fills, rights, setup.policy, setup.ownership, uploads, served),
                 Manifests(store.catalog, registry, rights, setup.policy),
+                Offers(store, rights, setup.policy),
                 None if files.token is None else PeerToken(files.token),
                 None if files.certificate is None else PeerTls(files),
                 served,
