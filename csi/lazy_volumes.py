@@ -144,7 +144,9 @@ class LazyVolumes:
             return Showing(Shown.BIND, "all of the model is in the store")
         obstacle = self._obstacle()
         if obstacle is None:
-            return Showing(Shown.LAZY, f"{bytes_text(missing)} of the model are not in the store")
+            return Showing(
+                Shown.LAZY, f"{bytes_text(missing)} of the model were not complete in the store"
+            )
         if attributes.mode is Mode.AUTO:
             return Showing(Shown.BIND, f"it cannot be lazy here: {obstacle}")
         raise Unsupported(

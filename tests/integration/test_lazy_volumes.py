@@ -152,7 +152,7 @@ def test_a_volume_is_there_before_its_model(
         assert len(worker_pids(running.root)) == 1
         told = status(running)
         assert told["csi-one"]["shown"] == told["csi-two"]["shown"] == "lazy"
-        assert "are not in the store" in str(told["csi-two"]["reason"])
+        assert "were not complete in the store" in str(told["csi-two"]["reason"])
         assert told["csi-one"]["problem"] is None
         proxy.faults = Faults()
         assert model.is_right(one)
