@@ -294,8 +294,10 @@ class Job:
         for chunk in untrusted:
             await self.want(chunk, trusted=True)
         if not untrusted and self.partial is partial:
-            await run_stoppable(partial.write_index)
-            self._indexed = True
+            self._indexed = await run_stoppable(partial.write_index)
+            if not self._indexed:
+                # it was just closed: the job ends, or begins anew
+                await self.change()
 
     # -- what comes --------------------------------------------------------------------------------
 

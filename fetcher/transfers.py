@@ -11,8 +11,6 @@ less urgent, which give way to them meanwhile (:mod:`fetcher.pacing`).
 from __future__ import annotations
 
 import collections
-import threading
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +23,7 @@ from fetcher.transport import Connection, TransferSettings
 from fetcher.trust import Contexts
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Awaitable, Callable
 
     from fetcher.answers import Piece, Sink
@@ -38,8 +37,6 @@ _MOST_BESIDE: Final = 32
 
 MOST_URGENT: Final = 16
 """Requests that somebody waits for, at one time; the next ones queue."""
-
-_CLOSE_SECONDS: Final = 2.0
 
 
 @dataclass(eq=False, slots=True)
@@ -221,15 +218,6 @@ class Transfers:
         return collections.Counter(held + promised)
 
     def close(self) -> None:
-        """Close idle connections, once nothing is fetched any more.
-
-        In threads, which are left behind where that takes long: libcurl waits for a look-up of a
-        name to end, and the loop may have other things to end.
-        """
-        closing = [threading.Thread(target=one.close, daemon=True) for one in self._idle]
-        self._idle.clear()
-        for thread in closing:
-            thread.start()
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        for thread in closing:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        """Close idle connections, once nothing is fetched any more."""
+        while self._idle:
+            self._idle.pop().close()

@@ -300,22 +300,27 @@ class PartialBlob:
         there are none, or the blob was closed. From any thread. Raises :class:`ModelError`.
         """
         number = offset // self._chunks.chunk_size
+        with self._kept_open() as is_open, self._map_errors():
+            while is_open:
+                end, framed = self._written(number)
+                if end <= offset:
+                    return 0
+                read = self._place.read(offset, buffer[: end - offset], framed=framed)
+                if self._written(number)[1] == framed:
+                    return read
+        return 0
+
+    @contextlib.contextmanager
+    def _kept_open(self) -> Iterator[bool]:
+        """Whether it is open, and then it stays so inside the block."""
         with self._arrival:
-            if self._closed:
-                return 0
-            self._readers += 1
+            is_open = not self._closed
+            self._readers += is_open
         try:
-            with self._map_errors():
-                while True:
-                    end, framed = self._written(number)
-                    if end <= offset:
-                        return 0
-                    read = self._place.read(offset, buffer[: end - offset], framed=framed)
-                    if self._written(number)[1] == framed:
-                        return read
+            yield is_open
         finally:
             with self._arrival:
-                self._readers -= 1
+                self._readers -= is_open
                 self._arrival.notify_all()
 
     def _written(self, number: int) -> tuple[int, bool]:
@@ -455,8 +460,9 @@ class PartialBlob:
     def read_headers(self, _: threading.Event) -> None:
         """Read the headers of a tar that are there; in a worker thread. Raises
         :class:`ModelError`."""
-        with self._map_errors():
-            self._place.read_headers()
+        with self._kept_open() as is_open, self._map_errors():
+            if is_open:
+                self._place.read_headers()
 
     def untrusted_headers(self) -> list[Range]:
         """Of a tar whose headers have all been read: the chunks of them that are not trusted."""
@@ -464,14 +470,16 @@ class PartialBlob:
         there = (one for one in numbers if self.has(one) and not self.is_trusted(one))
         return [self.chunk(one) for one in there]
 
-    def write_index(self, _: threading.Event) -> None:
+    def write_index(self, _: threading.Event) -> bool:
         """Let readers know what is in a tar, once :meth:`awaited` is None; in a worker thread.
 
-        Raises :class:`fetcher.errors.InvalidArtifact` for one that is broken or hostile, and other
+        Whether that was done: not once the blob was closed. Raises :class:`fetcher.errors.InvalidArtifact` for one that is broken or hostile, and other
         :class:`ModelError`.
         """
-        with self._map_errors():
-            self._place.write_index()
+        with self._kept_open() as is_open, self._map_errors():
+            if is_open:
+                self._place.write_index()
+            return is_open
 
     # -- the end -----------------------------------------------------------------------------------
 

@@ -201,8 +201,9 @@ class ChunkMap:
         os.fsync(self._file)
 
     def _set(self, chunk: int, state: int) -> None:
-        self._states[chunk] = state
+        # the file first: who is told that a chunk is there may read the map in another process
         os.pwrite(self._file, state.to_bytes(1, "little"), HEADER_BYTES + chunk)
+        self._states[chunk] = state
 
     def trust(self, name: str) -> None:
         """Let trusted chunks be those that came by ``name``, a registry and a repository.

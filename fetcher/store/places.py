@@ -55,6 +55,8 @@ _OTHER_BYTES: Final = 8 * _BLOCK
 _MAX_HEADERS: Final = MAX_HEADERS_BYTES + 2 * MAX_EXTENSION_BYTES
 """More than all headers of one entry may have: what is missing beyond is the archive's end."""
 
+_NEW_INDEX: Final = f"{INDEX}.new"
+
 WHOLE_FILE: Final = 1
 TAR_FILES: Final = 2
 
@@ -232,6 +234,9 @@ class TarFiles:
         self._grow = grow
         self._lock = threading.Lock()
         """Of what is known, and of what has to be synchronised."""
+        self._indexing = threading.Lock()
+        """Of the index, until the layer is finished."""
+        self._finished = False
         self._segments = Segments()
         self._problem: InvalidArtifact | None = None
         self._resting = False
@@ -343,8 +348,13 @@ class TarFiles:
         entries = self._segments.entries
         _check_entries(entry for entry, _ in entries)
         index = encode_index(entries)
-        self._grow(len(index) + _BLOCK)
-        scratch = self._parts / f"{INDEX}.new"
+        with self._indexing:
+            if not self._finished:
+                self._grow(len(index) + _BLOCK)
+                self._write_index(index)
+
+    def _write_index(self, index: bytes) -> None:
+        scratch = self._parts / _NEW_INDEX
         scratch.unlink(missing_ok=True)
         write_durably(scratch, index)
         scratch.rename(self._parts / INDEX)
@@ -407,10 +417,11 @@ class TarFiles:
                     raise OSError(errno.EIO, f"the bytes of {entry.path} are not all there")
                 finish_file(file, executable=entry.executable, mtime_ns=entry.mtime_ns)
                 sync_file(file)
-        for name in (FRAME, INDEX):
-            (self._parts / name).unlink(missing_ok=True)
+        with self._indexing:
+            self._finished = True
+        (self._parts / FRAME).unlink(missing_ok=True)
         self._copy_frame(frame)
-        write_durably(self._parts / INDEX, index)
+        self._write_index(index)
         publish_folder(self._parts, self.path.with_name(self.path.name + ".files"))
 
     def _copy_frame(self, pieces: list[Range]) -> None:
