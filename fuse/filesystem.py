@@ -189,7 +189,7 @@ class FileSystem:
                 return Attributes(node.inode, stat.S_IFLNK | 0o777, 1, size, 0)
             case Folder():
                 # one link: as of file systems that do not count a folder's folders
-                return Attributes(node.inode, stat.S_IFDIR | 0o555, 1, BLOCK, 0)
+                return Attributes(node.inode, stat.S_IFDIR | 0o755, 1, BLOCK, 0)
 
     def _node(self, inode: int) -> Node:
         node = self._inodes.get(inode)

@@ -21,6 +21,10 @@ MOST_STEPS: Final = 64
 _MOST_STREAMS: Final = 64
 """Of one file; beyond that the one is forgotten that read longest ago."""
 
+_PROOF: Final = 1024 * 1024
+"""More than this was read in a row by whoever reads on: a read here or there may come in pieces,
+and has at most so much."""
+
 _GAP: Final = 128 * 1024
 """A reader that begins to be a stream may leave out this much: the kernel's first read-ahead."""
 
@@ -33,6 +37,7 @@ _SLACK: Final = 8 * 1024 * 1024
 
 @dataclass(slots=True)
 class _Stream:
+    start: int
     position: int
     """Up to here it has read."""
     ahead: int
@@ -70,17 +75,15 @@ class Streams:
         if stream is None:
             self._begin(wanted)
             return None
-        exact = wanted.start == stream.position
         stream.last = self._reads
         stream.reads += 1
         stream.position = max(stream.position, wanted.stop)
-        # who comes near by chance does not do so twice
-        return self._grow(stream) if exact or stream.reads > 2 else None
+        return self._grow(stream) if stream.position - stream.start > _PROOF else None
 
     def _begin(self, wanted: Range) -> None:
         if len(self._streams) >= _MOST_STREAMS:
             self._streams.remove(min(self._streams, key=lambda stream: stream.last))
-        self._streams.append(_Stream(wanted.stop, wanted.stop, last=self._reads))
+        self._streams.append(_Stream(wanted.start, wanted.stop, wanted.stop, last=self._reads))
 
     def _grow(self, stream: _Stream) -> Range | None:
         """The next window, once half of the one before was read."""

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     Content = Callable[[str, Range], bytes]
 
 CHUNK = 64 * 1024
-_STILL = threading.Event()
 _THREADS = 32
 
 
@@ -79,6 +78,10 @@ class SmallAgent:
         manifest = parse_manifest(body, None)
         assert isinstance(manifest, Manifest)
         self.root = root
+        self.body = body
+        self.content = content
+        self.still = threading.Event()
+        """Never set."""
         self.orders = Orders()
         self.asked: list[protocol.FromWorker] = []
         """All that workers said."""
@@ -86,7 +89,6 @@ class SmallAgent:
         """What they showed when they attached."""
         self.fetched: dict[str, int] = {}
         """Bytes of each blob that were asked of ``content``."""
-        self._content = content
         self._chunk = chunk
         self._layers = {str(one.descriptor.digest): one for one in read_model(manifest).layers}
         self._blobs: dict[str, PartialBlob] = {}
@@ -172,18 +174,40 @@ class SmallAgent:
 
     def say(self, message: protocol.FromAgent) -> None:
         """Tell every worker something without being asked."""
+        self.say_line(protocol.encode(message))
+
+    def say_line(self, line: bytes) -> None:
+        """As :meth:`say`, whatever it is."""
         for connection in self._connections:
-            self._send(connection, message)
+            with self._sending:
+                connection.sendall(line)
 
     def _send(self, connection: socket.socket, message: protocol.FromAgent) -> None:
         with contextlib.suppress(OSError), self._sending:
             connection.sendall(protocol.encode(message))
+
+    def be_rude(self, times: int) -> None:
+        """Answer so many workers with what nobody understands, and be gone."""
+        path = agent_protocol.socket_path(self.root)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            for _ in range(times):
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(100)
+                    connection.sendall(b"{nonsense}\n")
+        path.unlink()
 
     # -- what it does to the store -----------------------------------------------------------------
 
     def wants(self) -> list[protocol.Want]:
         """What was asked for by readers who wait."""
         return [one for one in self.asked if isinstance(one, protocol.Want) and not one.ahead]
+
+    def names(self) -> list[str]:
+        """The digests of the blobs, in the order of the layers."""
+        return list(self._layers)
 
     def layer(self, name: str) -> Layer:
         return self._layers[name]
@@ -217,7 +241,7 @@ class SmallAgent:
 
     def _bring(self, blob: PartialBlob, name: str, number: int) -> None:
         chunk = blob.chunk(number)
-        data = self._content(name, chunk)
+        data = self.content(name, chunk)
         self.fetched[name] = self.fetched.get(name, 0) + len(data)
         assert blob.sink(chunk, trusted=self.orders.trusted)(data)
 
@@ -230,19 +254,19 @@ class SmallAgent:
             return
         blob = self.blob(name)
         with self._locks[name]:
-            blob.read_headers(_STILL)
+            blob.read_headers(self.still)
             while (position := blob.awaited()) is not None:
-                self._bring(blob, name, position // blob.chunk_size)
-                blob.read_headers(_STILL)
-            blob.write_index(_STILL)
+                self._bring(blob, name, blob.first_missing(position // blob.chunk_size))
+                blob.read_headers(self.still)
+            blob.write_index(self.still)
 
     def complete(self, name: str) -> None:
         """Bring all of a blob, verify it and end it as the store does."""
         blob, layer, path = self.blob(name), self._layers[name], self._path(name)
         self.fill(name, Range(0, blob.size))
         with self._locks[name]:
-            assert blob.verify(_STILL)
-            blob.finish(_STILL)
+            assert blob.verify(self.still)
+            blob.finish(self.still)
             blob.conclude(Verdict.VERIFIED)
             if layer.packing is Packing.TAR:
                 path.unlink()
@@ -254,7 +278,7 @@ class SmallAgent:
                     folder,
                     layer.packing,
                     UnpackLimits(max_bytes=1 << 40),
-                    _STILL,
+                    self.still,
                     lambda _: None,
                     lambda _: None,
                 )

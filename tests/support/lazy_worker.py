@@ -16,10 +16,11 @@ from tests.support.lazy_agent import write_plan
 from tests.support.mounts import detach_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 SECONDS = 30.0
+PROGRAM = ("-m", "fuse")
 
 
 @dataclass
@@ -42,11 +43,17 @@ class Worker:
 
 @contextlib.contextmanager
 def worker(
-    root: Path, body: bytes, *, selection: Selection | None = None, timeout: float = SECONDS
+    root: Path,
+    body: bytes,
+    *,
+    selection: Selection | None = None,
+    timeout: float = SECONDS,
+    program: Sequence[str] = PROGRAM,
 ) -> Iterator[Worker]:
     """Mount a model for the block; the worker has to end by itself when it is unmounted."""
+    root.mkdir(exist_ok=True)
     mount = write_plan(root, body, selection)
-    started = start(root, body, selection=selection, timeout=timeout)
+    started = start(root, body, selection=selection, timeout=timeout, program=program)
     try:
         yield Worker(started, mount, root / "worker.log")
     finally:
@@ -59,14 +66,19 @@ def worker(
 
 
 def start(
-    root: Path, body: bytes, *, selection: Selection | None = None, timeout: float = SECONDS
+    root: Path,
+    body: bytes,
+    *,
+    selection: Selection | None = None,
+    timeout: float = SECONDS,
+    program: Sequence[str] = PROGRAM,
 ) -> subprocess.Popen[bytes]:
     """Start a worker and wait until it serves. Raises :class:`AssertionError` with what it said."""
     reading, writing = os.pipe()
     with open(root / "worker.log", "ab") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "fuse", "--root", str(root)),
+                *(sys.executable, *program, "--root", str(root)),
                 *("--model", str(Digest.of(body)), "--ready-fd", str(writing)),
                 *("--selection", (selection or Selection()).key),
                 *("--read-timeout", str(timeout)),

@@ -54,7 +54,13 @@ def test_a_window_ends_with_the_file() -> None:
 
 def test_small_steps_are_a_stream_too() -> None:
     streams = Streams(SIZE)
-    assert any(_read(streams, at * 4096, 4096) for at in range(10))
+    assert any(_read(streams, at * 4096, 4096) for at in range(300))
+
+
+def test_a_read_here_or_there_that_comes_in_pieces_is_no_stream() -> None:
+    streams = Streams(SIZE)
+    for start in range(0, SIZE, 128 * MIB):
+        assert not any(_read(streams, start + at * MIB // 4, MIB // 4) for at in range(4))
 
 
 def test_a_reader_here_and_there_gets_nothing() -> None:
