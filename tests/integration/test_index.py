@@ -400,3 +400,18 @@ def test_two_publishers_at_one_time_keep_each_others_rows(
         assert [row["digest"] for row in rows] == [str(first.digest), str(second.digest)]
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("setting", ["use", "ignore"])
+def test_a_node_looks_for_a_list_unless_it_is_told_not_to(
+    registry: RegistryServer, faulty: FaultyRegistry, cli: ModelCsi, setting: str
+) -> None:
+    builder = model()
+    reference = builder.push(registry, f"index/node-{setting}", "v1")
+    assert cli.run("index", "--chunk-size", "64KiB", reference).status == 0
+    cli.environment.update(MODEL_CSI_CHUNK_SIZE="64KiB", MODEL_CSI_CHUNK_DIGESTS=setting)
+    through = faulty.reference(f"index/node-{setting}", "v1")
+    done = cli.run("pull", "--log-level", "info", through)
+    assert done.status == 0, done.errors
+    assert bool(faulty.asked("/referrers/")) == (setting == "use")
+    assert ("has chunk digests for 4 blobs" in done.errors) == (setting == "use")
