@@ -51,8 +51,13 @@ class Goal:
 
     @classmethod
     def of(cls, url: SplitResult, trust: Trust, proxy: str | None) -> Goal:
-        """The goal of a request for ``url``, which has a host."""
-        return cls(url.scheme, url.hostname or "", _port(url), trust, proxy)
+        """The goal of a request for ``url``. Raises :class:`OSError` for a host that cannot be."""
+        host = url.hostname or ""
+        try:
+            host = host if host.isascii() else host.encode("idna").decode()
+        except UnicodeError as error:
+            raise _no_name() from error
+        return cls(url.scheme, host, _port(url), trust, proxy)
 
     @property
     def netloc(self) -> str:
@@ -157,7 +162,7 @@ def _look_up(host: str, port: int, watch: Watch) -> list[_Address]:
     def work(flags: int) -> None:
         try:
             found.extend(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags))
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             failures.append(error)
         finally:
             done.set()
@@ -173,13 +178,17 @@ def _look_up(host: str, port: int, watch: Watch) -> list[_Address]:
     [failure] = failures
     if isinstance(failure, OSError):
         raise failure
-    raise socket.gaierror(socket.EAI_NONAME, "it is not a name") from failure
+    raise _no_name() from failure
+
+
+def _no_name() -> OSError:
+    return socket.gaierror(socket.EAI_NONAME, "it is not a name")
 
 
 def _is_number(host: str) -> bool:
     try:
         socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except (OSError, UnicodeError):
+    except (OSError, ValueError):
         return False
     return True
 

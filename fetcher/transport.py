@@ -104,11 +104,11 @@ class Connection:
         self, access: BlobAccess, hop: Hop, exchange: BlobExchange, stop: threading.Event
     ) -> None:
         """One request and its answer."""
-        goal = Goal.of(urlsplit(hop.url), hop.trust, access.route.proxy(hop))
+        with _translated(exchange):
+            goal = Goal.of(urlsplit(hop.url), hop.trust, access.route.proxy(hop))
+        request, watch = self._head(hop, goal, exchange), self._watch(access, stop)
         version = *goal.trust.version(), *self._proxy_trust.version()
         wire = self._kept.take((goal, version))
-        request = self._head(hop, goal, exchange)
-        watch = self._watch(access, stop)
         head = None if wire is None else _answer_of_kept(wire, request, exchange, watch)
         if wire is None or head is None:
             wire = self._dial(access, goal, exchange, stop)
@@ -158,20 +158,22 @@ class Connection:
         """What is sent. Headers of the hop stand instead of those that it would have anyway."""
         plain_proxy = goal.proxy if goal.scheme == "http" else None
         url = urlsplit(hop.url)
-        given = {name.lower() for name, _ in hop.headers} - {"range"}
+        theirs = [one for one in hop.headers if one[0].lower() != "range"]
+        given = {name.lower() for name, _ in theirs}
         ours = [
             ("Host", goal.netloc if url.port else goal.netloc.rpartition(":")[0]),
             ("User-Agent", self._settings.user_agent),
             ("Accept", "*/*"),
             ("Range", f"bytes={exchange.wanted.http}"),
         ]
-        headers = [one for one in ours if one[0].lower() not in given] + list(hop.headers)
+        headers = [one for one in ours if one[0].lower() not in given] + theirs
         target = urlunsplit(("", "", url.path or "/", url.query, ""))
         if plain_proxy is not None:
             target = f"{goal.scheme}://{goal.netloc}{target}"
             headers += proxy_headers(plain_proxy)
         with _translated(exchange):
-            return h11.Request(method="GET", target=_quoted(target), headers=headers)
+            encoded = [(name.encode(), value.encode()) for name, value in headers]
+            return h11.Request(method="GET", target=_quoted(target), headers=encoded)
 
 
 class _Kept:

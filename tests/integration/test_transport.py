@@ -330,6 +330,26 @@ def test_addresses_of_redirects_are_made_fit_for_a_request(connection: Connectio
         assert b"\r\nRange: bytes=0-9999\r\n" in server.requests[1]
 
 
+@pytest.mark.parametrize("host", ["\xfc.example", "\xfc" * 70, "a..b", "x" * 70, "\u2488.example"])
+def test_redirects_to_names_that_lead_nowhere(connection: Connection, host: str) -> None:
+    location = f"Location: http://{host}/\r\nContent-Length: 0\r\n"
+    moved = b"HTTP/1.1 307 Moved\r\n" + location.encode() + b"\r\n"
+    with serving([moved]) as server, pytest.raises(Unavailable, match="there is no host"):
+        fetched(connection, access(server.address))
+
+
+def test_headers_are_sent_as_they_are(connection: Connection) -> None:
+    with serving([GOOD]) as server:
+        asked = access(server.address)
+        headers = ("X-Name", "\xfc"), ("user-agent", "mine"), ("Range", "bytes=7-8")
+        hop = Hop(asked.hop.url, headers, Trust())
+        assert fetched(connection, BlobAccess(hop, asked.route)) == DATA
+        [request] = server.requests
+        assert b"\r\nX-Name: \xc3\xbc\r\nuser-agent: mine\r\n" in request
+        assert b"User-Agent" not in request
+        assert request.count(b"Range") == 1
+
+
 def test_answers_are_told_of_before_their_body(connection: Connection) -> None:
     heard: list[tuple[int, str | None]] = []
 
