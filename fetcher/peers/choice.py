@@ -132,11 +132,11 @@ class BlobChoice:
                 best, least = found, cost
         return best
 
-    def at_once(self, chunk: int, now: float, excepted: Iterable[str] = ()) -> Pick | None:
+    def at_once(self, chunk: int, now: float) -> Pick | None:
         """Whom to ask for a chunk that waits for nothing; None while all who have it are busy."""
         self._refresh()
         line = self.line(chunk)
-        able = [one for one in self._able(chunk, line, now) if one.name not in excepted]
+        able = self._able(chunk, line, now)
         ready = [one for one in able if self._is_ready(one, chunk, now)]
         if not able:
             return Pick(chunk, None)
@@ -144,16 +144,23 @@ class BlobChoice:
             return Pick(chunk, None) if self._has_waited(chunk, now) else None
         return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)))
 
-    def _source(self, chunk: int, line: tuple[Member, ...], now: float) -> Pick | None:
+    def again(self, chunk: int, now: float, excepted: Iterable[str] = ()) -> Pick | None:
+        """Whom to ask for the rest of a chunk after somebody failed; None while it has to wait."""
+        self._refresh()
+        return self._source(chunk, self.line(chunk), now, excepted)
+
+    def _source(
+        self, chunk: int, line: tuple[Member, ...], now: float, excepted: Iterable[str] = ()
+    ) -> Pick | None:
         """Whom to ask for one chunk, if anybody can be asked now."""
-        able = self._able(chunk, line, now)
+        able = [one for one in self._able(chunk, line, now) if one.name not in excepted]
         if not able:
             # as if there were no peers
             return Pick(chunk, None) if self._may_ask_registry() else None
         if self.standings.under_way >= self.appetite.of_peers:
             return None
         ready = [one for one in able if self._is_ready(one, chunk, now) and self._is_free(one)]
-        if not ready:
+        if not ready and not excepted:
             ready = self._guesses(chunk, line, now)
         if ready:
             return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)))

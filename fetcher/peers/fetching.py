@@ -28,6 +28,7 @@ from fetcher.peers.choice import BlobChoice, Flow, Pick
 from fetcher.peers.client import PeerRequest
 from fetcher.peers.protocol import Have
 from fetcher.peers.strands import Cut, Rope
+from fetcher.schedule import Urgency
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
+_LONGEST_PAUSE: Final = 2.0
+"""Between two looks for somebody who is not busy."""
 _RENEWED_SECONDS: Final = 10.0
 """How often an authorization that peers refused is renewed."""
 
@@ -160,12 +163,13 @@ class PeerFetching:
 
     async def _bring(self, work: _Work, strand: Strand, pick: Pick | None) -> None:
         """Have a strand brought to its end, by one source after the other."""
-        chunk = work.piece.chunks.start
         try:
+            pause = _MOMENT
             while strand.remaining:
-                pick = pick or self._chosen.at_once(chunk, trio.current_time(), work.wrong)
+                pick = pick or self._again(work)
                 if pick is None:
-                    await trio.sleep(_MOMENT)
+                    await trio.sleep(pause)
+                    pause = min(pause * 1.5, _LONGEST_PAUSE)
                     continue
                 await self._ask(work, strand, pick)
                 pick = None
@@ -175,6 +179,12 @@ class PeerFetching:
         except ModelError as error:
             work.failure = work.failure or error
             work.nursery.cancel_scope.cancel()
+
+    def _again(self, work: _Work) -> Pick | None:
+        chunk, now = work.piece.chunks.start, trio.current_time()
+        if work.piece.demand.urgency <= Urgency.AHEAD and not work.wrong:
+            return self._chosen.at_once(chunk, now)
+        return self._chosen.again(chunk, now, work.wrong)
 
     async def _ask(self, work: _Work, strand: Strand, pick: Pick) -> None:
         """One request, to one source."""
@@ -248,7 +258,8 @@ class PeerFetching:
         """A member's answer begins."""
         flow.status = status
         standings, now = self._client.standings, trio.current_time()
-        standings.answered(member.name, now - flow.since)
+        if status < 400:
+            standings.answered(member.name, now - flow.since)
         load = headers.get(protocol.LOAD.lower(), "")
         if load.isascii() and load.isdigit() and len(load) < 6:
             standings.told(member.name, int(load))

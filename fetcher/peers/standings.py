@@ -7,6 +7,7 @@ banned; one that is much slower than the others is passed over for a while, and 
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Standing:
     failed_at: float = _NEVER
     rests_until: float = _NEVER
     busy_until: float = _NEVER
+    busy_times: int = 0
+    """In a row."""
     slow_until: float = _NEVER
     slow_times: int = 0
     banned_until: float = _NEVER
@@ -116,9 +119,9 @@ class Standings:
         self.of(name).load = load
 
     def answered(self, name: str, seconds: float) -> None:
-        """Its first byte took so long; what it rested for is forgiven."""
+        """Its first byte took so long; what was held against it is forgiven."""
         one = self.of(name)
-        one.failures = 0
+        one.failures = one.busy_times = 0
         one.latency = seconds if not one.latency else _blend(one.latency, seconds)
 
     def measured(self, name: str | None, got: int, seconds: float) -> None:
@@ -181,8 +184,13 @@ class Standings:
 
     def busy(self, name: str, now: float, retry_after: float | None) -> None:
         """It has no room for another upload, and says for how long."""
-        pause = _DEFAULT_BUSY if retry_after is None else min(retry_after, _LONGEST_BUSY)
-        self.of(name).busy_until = now + pause
+        one = self.of(name)
+        one.busy_times += 1
+        pause = _DEFAULT_BUSY if retry_after is None else retry_after
+        # a thousand askers are not to come again together, nor as often as at first
+        spread = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        pause *= 2.0 ** min(one.busy_times - 1, 5) * spread
+        one.busy_until = now + min(pause, _LONGEST_BUSY)
         self.counts["busy"] += 1
 
     def lied(self, name: str, now: float) -> float:
