@@ -66,7 +66,7 @@ async def inspect(target: Path) -> Found:
 
 async def make(target: Path) -> None:
     """Make the folder, if it is not there."""
-    await _answer(target, lambda: _make(target))
+    await _change(target, lambda: _make(target))
 
 
 async def remove(target: Path) -> bool:
@@ -74,7 +74,7 @@ async def remove(target: Path) -> bool:
 
     Never deletes a file, nor anything within.
     """
-    return await _answer(target, lambda: _remove(target))
+    return await _change(target, lambda: _remove(target))
 
 
 async def parent_exists(target: Path) -> bool:
@@ -89,6 +89,16 @@ async def answers(target: Path, timeout: float) -> bool:  # noqa: ASYNC109 (asks
     except ModelError:
         return False
     return True
+
+
+async def _change(target: Path, change: Callable[[], T]) -> T:
+    """As :func:`_answer`, and a cancellation waits: the next call finds it done, or not begun.
+
+    Only on a file system that does not answer may it come later.
+    """
+    await trio.lowlevel.checkpoint()
+    with trio.CancelScope(shield=True):
+        return await _answer(target, change)
 
 
 async def _answer(target: Path, question: Callable[[], T], timeout: float = ANSWER_TIMEOUT) -> T:  # noqa: ASYNC109

@@ -244,7 +244,9 @@ class Volumes:
                 record = await self._lazy.open(record, resolved, request.attributes, holder)
                 return await self._lazy.start(record), record
             except (Unavailable, InProgress) as error:
-                if request.attributes.mode is not Mode.AUTO:
+                # what is shown by another name, and not verified yet, is only to be had eagerly
+                is_passing = isinstance(error, InProgress)
+                if request.attributes.mode is not Mode.AUTO and not is_passing:
                     raise
                 logger.warning("%s; volume %s becomes eager", error.message, record.volume_id)
                 given_up = record
