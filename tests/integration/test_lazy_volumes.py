@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 PREFIX = "model.csi.example.org/"
+OFFLINE = ("unshare", "--net")
+"""A network without any interface that is up."""
 SLOW = 256 * 1024
 """Bytes a second: nothing but what is read is there by the time that a test looks."""
 
@@ -363,6 +365,33 @@ def test_a_lazy_volume_is_published_again_without_a_network(
             kubelet.publish_inline("csi-one", target, model.attributes(), timeout=10)
         assert mount_table() == mounts
         kubelet.unpublish("csi-one", target)
+    assert_nothing_left(running)
+
+
+def test_without_a_network_what_was_fetched_is_served_again(
+    driver: Driver, registry: RegistryServer, proxy: Proxy
+) -> None:
+    model = Model(registry, proxy, "offline", MIB)
+    running = driver.start()
+    targets = [running.target(pod) for pod in ("one", "two")]
+    attributes = model.attributes(prefetch="none")
+    with kubelet_of(running) as kubelet:
+        for number, target in enumerate(targets):
+            kubelet.publish_inline(f"csi-{number}", target, attributes)
+        with (targets[0] / "model.safetensors").open("rb") as file:
+            assert file.read(1000) == model.data[:1000]
+    driver.end(signal.SIGKILL)
+    killed = kill_worker(running)
+    running = driver.start(*OFFLINE)
+    wait_until_served_again(running, *targets, but=killed)
+    with kubelet_of(running) as kubelet:
+        for number, target in enumerate(targets):
+            with (target / "model.safetensors").open("rb") as file:
+                assert file.read(1000) == model.data[:1000]
+            settled(kubelet, f"csi-{number}", target)
+            kubelet.publish_inline(f"csi-{number}", target, attributes, timeout=10)
+        for number, target in enumerate(targets):
+            kubelet.unpublish(f"csi-{number}", target, timeout=20)
     assert_nothing_left(running)
 
 
