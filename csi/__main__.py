@@ -34,15 +34,6 @@ from fetcher.jobs import Jobs
 from fetcher.lazy import LazyModels, LazySettings
 from fetcher.lazy_sessions import LazySessions
 from fetcher.names import look_up_apart
-from fetcher.peers.access import Rights
-from fetcher.peers.blobs import Blobs, OwnsNothing
-from fetcher.peers.fills import Fills
-from fetcher.peers.manifests import Manifests
-from fetcher.peers.offers import Offers
-from fetcher.peers.served import Served
-from fetcher.peers.server import PeerServer, PeerServerSettings, listen
-from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
-from fetcher.peers.uploads import Uploads
 from fetcher.policy import ReferencePolicy
 from fetcher.proxies import Proxies
 from fetcher.pull import Pulls, PullSettings
@@ -57,6 +48,7 @@ if TYPE_CHECKING:
     from csi.server import Service
     from fetcher.credentials import Keychain
     from fetcher.peers.blobs import Ownership
+    from fetcher.peers.server import PeerServer
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +110,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             )
             lazy = lazy_volumes(config, role, records, models, store, downloads)
             volumes = Volumes(records, pulls, store.root, config.kubelet_dir, lazy)
-            ownership = OwnsNothing() if others is None else others.members
+            ownership = None if others is None else others.members
             peers = peer_server(config, role, store, registry, jobs, ownership, downloads)
             calls = AgentCalls(
                 store=store,
@@ -228,36 +220,17 @@ def peer_server(
     store: Store,
     registry: Registry,
     jobs: Jobs,
-    ownership: Ownership,
+    ownership: Ownership | None,
     nursery: trio.Nursery,
 ) -> PeerServer | None:
-    """What serves other nodes, if this one does; what it fetches for them runs in ``nursery``.
-
-    Raises :class:`fetcher.errors.InvalidRequest` where it would serve strangers.
-    """
+    """What serves other nodes, if this one does; see :func:`csi.peer_serving.make_server`."""
     if config.peer_listen is None or config.mode == "controller" or role != "serve":
         return None
-    files = PeerFiles(
-        config.peer_token_file,
-        config.peer_cert,
-        config.peer_key,
-        config.peer_ca,
-        config.peer_insecure,
-    )
-    files.check()
-    served, rights = Served(), Rights(registry)
+    # here, as every command would start slower with it
+    from csi.peer_serving import make_server
+
     policy = pull_settings(config).references
-    uploads = Uploads(config.peer_uploads, config.peer_upload_rate)
-    fills = Fills(store, jobs, nursery)
-    return PeerServer(
-        Blobs(store, jobs, fills, rights, policy, ownership, uploads, served),
-        Manifests(store.catalog, registry, rights, policy),
-        Offers(store, rights, policy),
-        None if files.token is None else PeerToken(files.token),
-        None if files.certificate is None else PeerTls(files),
-        served,
-        PeerServerSettings(namespace=config.peer_namespace or ""),
-    )
+    return make_server(config, store, registry, jobs, policy, ownership, nursery)
 
 
 def chunk_lists(config: Config, store: Store, registry: Registry) -> ChunkLists | None:
@@ -299,7 +272,7 @@ async def serve(config: Config) -> None:
                 nursery.start_soon(keep_in_order, node.store)
                 nursery.start_soon(node.volumes.tend)
                 if node.peers is not None and config.peer_listen is not None:
-                    nursery.start_soon(node.peers.serve, await listen(config.peer_listen))
+                    await nursery.start(node.peers.serve_on, config.peer_listen)
                 await nursery.start(Server(config.socket_path, services(node)).serve)
                 logger.info(
                     "serving on %s, root %s, driver %s, mode %s, version %s",

@@ -89,6 +89,14 @@ class PeerServer:
         self._settings = settings
         self._addresses: collections.Counter[str] = collections.Counter()
 
+    async def serve_on(
+        self, address: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Answer connections to ``address`` until cancelled; see :func:`listen`."""
+        listeners = await listen(address)
+        task_status.started()
+        await self.serve(listeners)
+
     async def serve(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Answer connections until cancelled."""
         await trio.serve_listeners(self._accepted, list(listeners))
