@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _SHOWN: Final = THERE | TRUSTED
 _WRONG: Final = "its digest is another one"
-_GUESSED_CHUNK: Final = 4 * 1024 * 1024
-"""What is asked for at one time of a blob that nobody has begun yet."""
+_GUESSED_CHUNK: Final = 64 * 1024
+"""The least that chunks have, of a blob that nobody has begun yet: the agent knows how many."""
 
 
 class Changed(Exception):

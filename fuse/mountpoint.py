@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import logging
 import os
@@ -27,19 +26,10 @@ MAX_READ: Final = 1024 * 1024
 READ_AHEAD_KB: Final = 4096
 """Measured best: the kernel then asks for :data:`MAX_READ` at a time, several at once."""
 
-MAX_BACKGROUND: Final = 1024
-"""Requests that the kernel has under way. Reads that wait for the network count, and must not keep
-others from being asked; the kernel's own limit is 12."""
-CONGESTION: Final = 256
-
 _MS_RDONLY: Final = 1
 _MS_NOSUID: Final = 2
 _MS_NODEV: Final = 4
 _MNT_DETACH: Final = 2
-_FSCONFIG_CMD_CREATE: Final = 6
-_SYS_FSOPEN: Final = 430
-_SYS_FSCONFIG: Final = 431
-_SYS_FSMOUNT: Final = 432
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
@@ -52,11 +42,6 @@ class Mounted:
     path: Path
     device: str
     """``major:minor``, as the kernel names its device."""
-
-    @property
-    def connection(self) -> str:
-        """The number of the kernel's connection to the worker."""
-        return self.device.partition(":")[2]
 
 
 class _Holder(msgspec.Struct):
@@ -162,7 +147,7 @@ def _mounts_at(path: Path) -> list[Mounted]:
 
 
 def tune(mount: Mounted) -> None:
-    """Raise what the kernel reads ahead, and how many requests it has under way; logs what it is.
+    """Raise what the kernel reads ahead, and log what it is.
 
     Where that is not allowed the mount is slower and works.
     """
@@ -174,38 +159,3 @@ def tune(mount: Mounted) -> None:
         logger.warning("the read-ahead of %s stays as it is: %s", mount.path, error)
     else:
         logger.info("the kernel reads %d KiB ahead on %s", found, mount.path)
-    try:
-        control = _control()
-    except OSError as error:
-        logger.warning("the kernel's limit on requests of %s stays: %s", mount.path, error)
-        return
-    try:
-        for name, value in (
-            ("max_background", MAX_BACKGROUND),
-            ("congestion_threshold", CONGESTION),
-        ):
-            _write_at(control, f"{mount.connection}/{name}", str(value))
-    except OSError as error:
-        logger.warning("the kernel's limit on requests of %s stays: %s", mount.path, error)
-    finally:
-        os.close(control)
-
-
-def _control() -> int:
-    """The root of FUSE's control file system, which containers seldom have mounted anywhere."""
-    if _libc.syscall is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    context = _call(_libc.syscall(_SYS_FSOPEN, b"fusectl", 1))
-    try:
-        _call(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
-        return _call(_libc.syscall(_SYS_FSMOUNT, context, 1, 0))
-    finally:
-        os.close(context)
-
-
-def _write_at(folder: int, name: str, text: str) -> None:
-    file = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        os.write(file, text.encode())
-    finally:
-        os.close(file)

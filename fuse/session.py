@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import pyfuse3
+import trio
 
 from fetcher.errors import ModelError
 from fuse.errnos import errno_of
 from fuse.filesystem import BLOCK
+from fuse.handshake import shake_hands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -170,13 +173,35 @@ def forget(inode: int) -> None:
             logger.warning("pages of an inode could not be dropped: %s", error)
 
 
-async def serve(files: FileSystem, descriptor: int) -> None:
-    """Answer what comes from ``descriptor``, until the file system is unmounted everywhere."""
-    # libfuse takes its own away when it is closed
-    pyfuse3.init(Operations(files), f"/dev/fd/{os.dup(descriptor)}", set())
+async def serve(files: FileSystem, device: int) -> None:
+    """Answer what comes from ``device``, until the file system is unmounted everywhere."""
+    ours, library = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # libfuse closes its own
+    descriptor = library.detach()
+    pyfuse3.init(Operations(files), f"/dev/fd/{descriptor}", set())
     try:
+        with ours:
+            await _begin(ours, device, descriptor)
         await pyfuse3.main(min_tasks=_IDLE, max_tasks=_REQUESTS)
     except* OSError as group:
         logger.warning("the kernel ended the connection: %s", group.exceptions[0])
     finally:
         pyfuse3.close(unmount=False)
+
+
+async def _begin(ours: socket.socket, device: int, descriptor: int) -> None:
+    """Let libfuse answer the first request over a socket, and put the device in its place then."""
+    async with trio.open_nursery() as nursery:
+        ended = trio.Event()
+        nursery.start_soon(_first_request, ended)
+        await shake_hands(device, ours)
+        os.dup2(device, descriptor, inheritable=False)
+        # whoever waits for the socket, or for the device by now, has to begin anew
+        while not ended.is_set():
+            trio.lowlevel.notify_closing(descriptor)
+            await trio.lowlevel.checkpoint()
+
+
+async def _first_request(ended: trio.Event) -> None:
+    await pyfuse3.main(min_tasks=1, max_tasks=1)
+    ended.set()

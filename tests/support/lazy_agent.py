@@ -93,6 +93,7 @@ class SmallAgent:
         self._layers = {str(one.descriptor.digest): one for one in read_model(manifest).layers}
         self._blobs: dict[str, PartialBlob] = {}
         self._locks = {name: threading.RLock() for name in self._layers}
+        self._complete: set[str] = set()
         self._listener: socket.socket | None = None
         self._connections: list[socket.socket] = []
         self._sending = threading.Lock()
@@ -233,11 +234,14 @@ class SmallAgent:
 
     def fill(self, name: str, wanted: Range) -> None:
         """Bring the chunks of some bytes."""
-        blob = self.blob(name)
-        for number in blob.chunks(wanted):
+        for part in wanted.split(self._chunk):
             with self._locks[name]:
-                if not blob.is_trusted(number):
-                    self._bring(blob, name, number)
+                if name in self._complete:
+                    return
+                blob = self.blob(name)
+                for number in blob.chunks(part):
+                    if not blob.is_trusted(number):
+                        self._bring(blob, name, number)
 
     def _bring(self, blob: PartialBlob, name: str, number: int) -> None:
         chunk = blob.chunk(number)
@@ -247,13 +251,13 @@ class SmallAgent:
 
     def open_archive(self, name: str) -> None:
         """Let what is in an archive be known."""
-        if self._path(name).with_name(f"{self._path(name).name}.files").exists():
-            return
         if self._layers[name].packing is not Packing.TAR:
             self.complete(name)
             return
-        blob = self.blob(name)
         with self._locks[name]:
+            if name in self._complete:
+                return
+            blob = self.blob(name)
             blob.read_headers(self.still)
             while (position := blob.awaited()) is not None:
                 self._bring(blob, name, blob.first_missing(position // blob.chunk_size))
@@ -262,9 +266,12 @@ class SmallAgent:
 
     def complete(self, name: str) -> None:
         """Bring all of a blob, verify it and end it as the store does."""
-        blob, layer, path = self.blob(name), self._layers[name], self._path(name)
-        self.fill(name, Range(0, blob.size))
+        layer, path = self._layers[name], self._path(name)
+        self.fill(name, Range(0, layer.descriptor.size))
         with self._locks[name]:
+            if name in self._complete:
+                return
+            blob = self.blob(name)
             assert blob.verify(self.still)
             blob.finish(self.still)
             blob.conclude(Verdict.VERIFIED)
@@ -284,6 +291,7 @@ class SmallAgent:
                 )
                 assert (folder / INDEX).exists()
             del self._blobs[name]
+            self._complete.add(name)
 
     def spoil(self, name: str, reason: str, *, tell: bool = True) -> None:
         """Find that a blob's bytes are wrong, and drop them."""
