@@ -97,13 +97,18 @@ async def _change(target: Path, change: Callable[[], T]) -> T:
     Only on a file system that does not answer may it come later.
     """
     await trio.lowlevel.checkpoint()
-    with trio.CancelScope(shield=True):
-        return await _answer(target, change)
+    return await _answer(target, change, shield=True)
 
 
-async def _answer(target: Path, question: Callable[[], T], timeout: float = ANSWER_TIMEOUT) -> T:  # noqa: ASYNC109
+async def _answer(
+    target: Path,
+    question: Callable[[], T],
+    timeout: float = ANSWER_TIMEOUT,  # noqa: ASYNC109 (asks a thread)
+    *,
+    shield: bool = False,
+) -> T:
     try:
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(timeout, shield=shield):
             # a limiter for each: calls that hang must not use up what other volumes need
             return await trio.to_thread.run_sync(
                 question, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)

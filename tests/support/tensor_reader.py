@@ -11,7 +11,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from safetensors import safe_open
 
 MIB = 1024 * 1024
@@ -26,7 +25,7 @@ def digests(folder: Path, threads: int) -> dict[str, str]:
     def load(shard: str) -> dict[str, str]:
         with safe_open(folder / shard, framework="np") as tensors:
             return {
-                name: hashlib.sha256(np.ascontiguousarray(tensors.get_tensor(name))).hexdigest()
+                name: hashlib.sha256(tensors.get_tensor(name).tobytes()).hexdigest()
                 for name in tensors.keys()  # noqa: SIM118 (it is no mapping)
             }
 
