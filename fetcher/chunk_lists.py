@@ -28,6 +28,9 @@ from fetcher.sha2 import is_available
 from fetcher.store.lists import ListRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fetcher.chunk_digests import BlobChunks
     from fetcher.credentials import Keychain
     from fetcher.modelpack import Model
     from fetcher.oci import Descriptor, Digest, Reference
@@ -111,6 +114,29 @@ class ChunkLists:
         except InvalidArtifact:
             return None
         return KnownList(found, reference, model.digest, self)
+
+    async def keep(
+        self, reference: Reference, model: Model, made: Mapping[Digest, BlobChunks]
+    ) -> None:
+        """Keep the chunk digests of a model all of which was hashed here, where no list is known.
+
+        They are for others, and for the next time that it is fetched. Raises nothing that is meant
+        for a user.
+        """
+        blobs = [layer.descriptor for layer in model.layers]
+        large = {blob.digest for blob in blobs if blob.size > self._chunk_size}
+        record = self._records.get(reference.name, model.digest)
+        known = record is not None and record.body is not None
+        if known or not large or not large <= made.keys():
+            return
+        body = ChunkDigests.over((made[digest] for digest in large), self._chunk_size).encode()
+        if len(body) > MAX_LIST_BYTES:
+            return
+        try:
+            await self._store.rooms.check_records(len(body))
+            self._records.put(reference.name, model.digest, ListRecord(body, time.time()))
+        except ModelError as error:
+            logger.info("the chunk digests of %s are not kept: %s", reference, error.message)
 
     def contradicted(self, reference: Reference, model: Digest) -> None:
         """The registry's own bytes were others than its list says: it is not used any more."""

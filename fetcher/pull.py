@@ -36,6 +36,7 @@ from fetcher.threads import run_stoppable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fetcher.chunk_digests import BlobChunks
     from fetcher.chunk_lists import ChunkLists, KnownList
     from fetcher.credentials import Keychain
     from fetcher.jobs import Job, Jobs
@@ -98,6 +99,8 @@ class Pull:
         self.failure: Exception | None = None
         self.chunks: KnownList | None = None
         """What proves single chunks, once it was looked for."""
+        self.made: dict[Digest, BlobChunks] = {}
+        """The chunk digests of blobs that were hashed."""
         self.jobs: dict[Digest, Job] = {}
         self.complete: set[Digest] = set()
         self.sizes = {
@@ -351,6 +354,8 @@ class Pulls:
         planned = await run_stoppable(lambda _: store.plan(model, selection))
         tree = await run_stoppable(lambda stop: store.build(model, selection, planned, stop))
         store.add_tree(tree, model, selection)
+        if self._lists is not None:
+            await self._lists.keep(pull.resolved.reference, model, pull.made)
         return tree
 
     async def fetch(self, resolved: Resolved, layers: list[Layer]) -> None:
@@ -390,6 +395,8 @@ class Pulls:
                 job.offer(source)
             pull.jobs[digest] = job
             await job.wait()
+            if job.partial is not None and job.partial.made is not None:
+                pull.made[digest] = job.partial.made
             self.proofs.fetched(job, digest)
             await self.layouts.lay_out(layer)
         pull.complete.add(digest)

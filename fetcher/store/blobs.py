@@ -12,8 +12,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from fetcher.errors import ChunkMismatch
+from fetcher.chunk_digests import ChunkHasher, is_chunk_size
+from fetcher.errors import ChunkMismatch, DigestMismatch
 from fetcher.ranges import Range, join_chunks
+from fetcher.sha2 import is_available
 from fetcher.store.chunks import ChunkMap, Verdict
 from fetcher.store.disk import WritesLost, disk_error
 from fetcher.store.proving import Proving
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from fetcher.chunk_digests import BlobChunks
     from fetcher.errors import ModelError
-    from fetcher.oci import Digest
+    from fetcher.oci import Digest, Hasher
     from fetcher.store.places import Place
 
 _VERIFY_BYTES: Final = 256 * 1024
@@ -58,7 +60,8 @@ class PartialBlob:
         self._watchers: tuple[Callable[[int], None], ...] = ()
         self._readers = 0
         self._closed = False
-        self._hasher = digest.hasher()
+        self.made: BlobChunks | None = None
+        """Its chunk digests, once :meth:`verify` has found it to be right."""
         self._hashing = 0
         """The chunk that is hashed next, or is being hashed."""
         self._hashed_wrong = False
@@ -75,6 +78,7 @@ class PartialBlob:
                 raise
         except OSError as error:
             raise disk_error(error, place.path) from error
+        self._hasher = self._new_hasher()
         self.done = self._chunks.done()
         """Bytes that are there, in whole chunks."""
 
@@ -196,7 +200,24 @@ class PartialBlob:
         proving = self._proving
         if proving is not None:
             return proving.is_complete
-        return self._hasher.hexdigest() == self.digest.hex
+        return self._is_right()
+
+    def _new_hasher(self) -> ChunkHasher | Hasher:
+        """What hashes all of it, and makes its chunk digests on the way where that can be done."""
+        if is_available() and is_chunk_size(self.chunk_size):
+            return ChunkHasher(self.digest, self.size, self.chunk_size)
+        return self.digest.hasher()
+
+    def _is_right(self) -> bool:
+        """Whether all that was hashed is what it should be."""
+        if not isinstance(self._hasher, ChunkHasher):
+            return self._hasher.hexdigest() == self.digest.hex
+        try:
+            self.made = self._hasher.finish()
+        except DigestMismatch:
+            self.verify_anew()
+            return False
+        return True
 
     @property
     def hashing(self) -> int:
@@ -209,7 +230,7 @@ class PartialBlob:
 
     def _hash_anew(self) -> None:
         self._hashed_wrong = False
-        self._hasher = self.digest.hasher()
+        self._hasher = self._new_hasher()
         self._hashing = 0
 
     def _hash(self, number: int, buffer: memoryview, stop: threading.Event) -> bool:

@@ -14,7 +14,7 @@ import trio
 from fetcher.chunk_digests import BlobChunks, ChunkDigests, ChunkHasher
 from fetcher.chunk_sizes import chunk_size_for
 from fetcher.errors import ChunkMismatch, DigestMismatch, ModelError
-from fetcher.modelpack import Kind, Packing, read_model
+from fetcher.modelpack import Kind, Packing, Selection, read_model
 from fetcher.oci import Digest, Reference
 from fetcher.publishing import publish
 from fetcher.ranges import Range
@@ -332,7 +332,8 @@ def test_a_list_that_is_wrong_costs_no_pull(
         async with pulling(tmp_path, NO_FLOOR) as (_, store):
             record = store.lists.get(Reference.parse(reference).name, builder.digest)
             assert record is not None
-            assert record.body is None
+            # in its place is what the node made itself, of the bytes that are right
+            assert record.body == ChunkDigests.over([chunks_of(data)], CHUNK).encode()
 
     trio.run(again)
 
@@ -385,3 +386,46 @@ def test_blobs_that_end_with_a_chunk_or_a_byte_behind_it(
     builder = weights(3 * CHUNK, 3 * CHUNK + 1, CHUNK, CHUNK + 1)
     reference = indexed(registry, home.address, builder, "proofs/ends")
     assert pulled(tmp_path, reference) == files_of(builder)
+
+
+def test_a_node_that_completed_a_model_has_its_list(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    """Made on the way, while its blobs were hashed: others may have it from here."""
+    builder = everything()
+    builder.push(registry, "proofs/made", "v1")
+    reference = f"{home.address}/proofs/made:v1"
+
+    async def main() -> None:
+        async with pulling(tmp_path, NO_FLOOR) as (pulls, store):
+            await pull(pulls, reference)
+            record = store.lists.get(Reference.parse(reference).name, builder.digest)
+            assert record is not None
+            assert record.body is not None
+            blobs = [layer.descriptor for layer in read_model(builder.manifest()).layers]
+            found = ChunkDigests.parse(record.body, blobs)
+            large = [data for data in builder.blobs.values() if len(data) > CHUNK]
+            assert len(found.blobs) == len(large) == 3
+            for data in large:
+                known = found.of(Digest.of(data))
+                assert known is not None
+                assert known == chunks_of(data, known.chunk_size)
+
+    trio.run(main)
+
+
+def test_no_list_is_made_of_a_part_of_a_model(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(3 * CHUNK, 2 * CHUNK)
+    builder.push(registry, "proofs/part", "v1")
+    reference = f"{home.address}/proofs/part:v1"
+
+    async def main() -> None:
+        async with pulling(tmp_path, NO_FLOOR) as (pulls, store):
+            await pull(pulls, reference, Selection(exclude_patterns=("model-1*",)))
+            record = store.lists.get(Reference.parse(reference).name, builder.digest)
+            assert record is not None
+            assert record.body is None
+
+    trio.run(main)
