@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -77,6 +78,8 @@ class Job:
         self.complete = False
         self.failure: Exception | None = None
         self.partial: PartialBlob | None = None
+        self.moved = time.monotonic()
+        """When the last bytes came, or it began, by the monotonic clock."""
         self._download: Download | None = None
         self._waiting: list[_Waiter] = []
         self._change = trio.Event()
@@ -315,6 +318,7 @@ class Job:
 
     def arrived(self, _: int) -> None:
         """Bytes came, in whichever thread."""
+        self.moved = time.monotonic()
         if self._waiting or self._listening:
             self._token.run_sync_soon(self._look, idempotent=True)
 

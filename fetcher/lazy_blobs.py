@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -73,8 +74,8 @@ class LazyBlob:
         """Why the last try failed, while there was no other."""
         self.ruined: ModelError | None = None
         """Why it can never be shown."""
-        self.waiting = 0
-        """How many wait for something of it."""
+        self._waits: dict[object, float] = {}
+        """Who waits for something of it, since when."""
         self._owner = owner
         self._store = store
         self._jobs = jobs
@@ -102,6 +103,21 @@ class LazyBlob:
     def is_refused(self) -> bool:
         """Whether somebody has to change something before it can be had."""
         return self.failure is not None and not _is_passing(self.failure)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a reader waits for something of it."""
+        return bool(self._waits)
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which a reader has waited and nothing of it has come."""
+        if not self._waits:
+            return 0.0
+        since = min(self._waits.values())
+        if self._job is not None:
+            since = max(since, self._job.moved)
+        return max(time.monotonic() - since, 0.0)
 
     # -- what is wanted ----------------------------------------------------------------------------
 
@@ -202,15 +218,17 @@ class LazyBlob:
 
     @contextlib.contextmanager
     def _needed(self, patient: bool) -> Iterator[None]:
+        waiter = object()
         self._needs += 1
-        self.waiting += patient
+        if patient:
+            self._waits[waiter] = time.monotonic()
         self._serve()
         self._changed()
         try:
             yield
         finally:
             self._needs -= 1
-            self.waiting -= patient
+            self._waits.pop(waiter, None)
             self._changed()
 
     def _changed(self) -> None:

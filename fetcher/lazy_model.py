@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SILENCE_SECONDS: Final = 10.0
+"""How long readers wait for a byte before that is worth a word."""
+
 _AGAIN_SECONDS: Final = 60.0
 """After so long, what failed is tried again."""
 
@@ -153,8 +156,14 @@ class LazyModel:
             if blob.ruined is not None:
                 return blob.ruined.message
             failure = blob.failure
-            if failure is not None and (blob.is_refused or blob.waiting):
+            if failure is not None and (blob.is_refused or blob.is_waited_for):
                 return failure.message
+            if blob.silence > _SILENCE_SECONDS:
+                where = self.name.partition("/")[0] or "the registry"
+                return (
+                    f"reads wait, and nothing has come from {where} for {blob.silence:.0f} s: they "
+                    "end with an error when their time is over"
+                )
         return None
 
     def blob(self, digest: str) -> LazyBlob:

@@ -156,6 +156,9 @@ class Schedule:
         for chunk in piece.chunks:
             if self._flying.get(chunk) is piece:
                 del self._flying[chunk]
+        if piece.trusted:
+            # what was there may have proved wrong, and is not there any more
+            self.look_again()
 
     def under_way(self, urgency: Urgency) -> int:
         """How many pieces of this urgency, or of a higher one that is not the highest."""
@@ -163,11 +166,6 @@ class Schedule:
         if urgency is Urgency.URGENT:
             return sum(one.demand.urgency is urgency for one in pieces)
         return sum(Urgency.URGENT < one.demand.urgency <= urgency for one in pieces)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is being fetched."""
-        return not self._flying
 
     def has_work(self, there: Presence) -> bool:
         """Whether anything that is wanted is not there, and is not being fetched."""
@@ -198,18 +196,19 @@ class Schedule:
             want.before = stop
 
     def _piece(self, want: Want, first: int, there: Presence, most: int) -> Piece:
+        """As many chunks from ``first`` on as are alike: all missing, or all to be proven."""
         stop = min(first + most, -(-want.wanted.stop // there.chunk_size))
-        lacks = there.has(first)
+        proving = there.has(first)
         last = first + 1
         while (
             last < stop
             and self._is_idle(last)
-            and there.has(last) == lacks
-            and not (there.is_trusted(last) if lacks else there.fill(last)[0])
+            and there.has(last) == proving
+            and not (there.is_trusted(last) if proving else there.fill(last)[0])
         ):
             last += 1
         start = first * there.chunk_size
-        if not lacks and (not want.trusted or there.is_fill_trusted(first)):
+        if not proving and (not want.trusted or there.is_fill_trusted(first)):
             start += there.fill(first)[0]
         wanted = Range(start, min(last * there.chunk_size, there.size))
         demand = Demand(want.urgency, want.order)
