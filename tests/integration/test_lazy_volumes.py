@@ -480,7 +480,19 @@ def test_commands_mount_lazily_where_somebody_fetches(
     done = command.run("mount", "--json", "--mode", "lazy", model.reference, str(target))
     assert done.status == 0, done.errors
     assert done.json["shown"] == "lazy"
+    with (target / "config.json").open() as file:
+        assert file.read() == model.config
+    driver.end()
+    # what serves it is there without an agent, and is taken down without one
+    assert (target / "config.json").read_text() == model.config
+    assert len(worker_pids(running.root)) == 1
+    assert command.run("unmount", str(target)).status == 0
+    assert not target.exists()
+    assert_nothing_left(running)
     proxy.faults = Faults()
+    done = command.run("mount", "--json", "--mode", "auto", model.reference, str(target))
+    assert done.status == 0, done.errors
+    assert done.json["shown"] == "bind"
+    assert "model-csi serve" in done.json["reason"]
     assert model.is_right(target)
     assert command.run("unmount", str(target)).status == 0
-    assert_nothing_left(running)
