@@ -18,7 +18,7 @@ import trio
 from csi.attributes import Mode
 from csi.mount_table import mount_at, mount_table
 from csi.revivals import Revivals
-from csi.served import TreeKey, key_of_name, shown_by_workers
+from csi.served import TreeKey, key_of_name, mounted_trees, shown_by_workers
 from csi.state import Shown, VolumeState
 from fetcher.errors import ModelError, Unsupported
 from fetcher.lazy_plan import decode_plan, plan_path
@@ -347,6 +347,17 @@ class LazyVolumes:
             for record in self._shown()
             if record.state is VolumeState.PUBLISHED and _key(record) == key
         ]
+
+    def unrecorded_at(self, key: TreeKey) -> list[Path]:
+        """Where ``key`` is mounted though no record says so, as after a lost ``state.db``."""
+        known = {record.target for record in self._records.all()}
+        table = mount_table()
+        found = {
+            tree.target
+            for tree in mounted_trees(table, self._folders)
+            if tree.lazy and tree.whole and tree.key == key and tree.target not in known
+        }
+        return sorted(found)
 
     def _shown(self) -> list[VolumeRecord]:
         return [record for record in self._records.all() if record.shown is Shown.LAZY]

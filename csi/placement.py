@@ -75,12 +75,21 @@ class Placement:
             # a kill between the bind and its record
             self.finish(record)
             return
+        await self._put_over(source, target, record)
+        self.finish(record)
+
+    async def renew_unrecorded(self, source: Path, target: Path) -> None:
+        """As :meth:`renew`, at a target of which the record was lost."""
+        mount, serving = mount_at(target), mount_at(source)
+        if mount is not None and serving is not None and mount.device != serving.device:
+            await self._put_over(source, target, None)
+
+    async def _put_over(self, source: Path, target: Path, record: VolumeRecord | None) -> None:
         await unmount_all_but_lowest(target, self._ours(record))
         if mount_at(target) is None:
             await bind_read_only(source, target)
         else:
             await bind_over(source, target)
-        self.finish(record)
 
     async def undo(self, record: VolumeRecord) -> None:
         """Remove a half-made mount of ours; the record stays."""

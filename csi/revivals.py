@@ -14,6 +14,8 @@ from csi.state import Shown, VolumeState
 from fetcher.errors import InProgress, ModelError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from csi.lazy_volumes import LazyVolumes
     from csi.placement import Placement
     from csi.served import TreeKey
@@ -71,6 +73,8 @@ class Revivals:
             return False
         for record in self._lazy.shown_at(key):
             await self._bind_again(key, record)
+        for target in self._lazy.unrecorded_at(key):
+            await self._bind_unrecorded(key, target)
         return True
 
     def _pause(self, key: TreeKey) -> float:
@@ -101,3 +105,11 @@ class Revivals:
             except ModelError as error:
                 logger.warning("volume %s cannot be bound again: %s", now.volume_id, error.message)
                 return
+
+    async def _bind_unrecorded(self, key: TreeKey, target: Path) -> None:
+        """Bind what is served now where a pod may read it, though its record was lost."""
+        try:
+            with self._turns.take("without a record", target):
+                await self._placement.renew_unrecorded(self._lazy.mountpoint(key), target)
+        except ModelError as error:
+            logger.warning("%s cannot be bound again: %s", target, error.message)

@@ -236,6 +236,16 @@ def test_mounts_without_a_record_keep_their_worker(node: LazyNode) -> None:
             pins = pinned_trees(node.records, Folders.of(node.folder))
             assert pins == {(KEY.model, "")}
             assert node.workers.is_serving(KEY)
+            # a pod may read it: it is bound again too
+            before = mount_at(target)
+            assert before is not None
+            kill(node)
+
+            async def is_bound_again() -> bool:
+                now = mount_at(target)
+                return now is not None and now.device != before.device
+
+            await until(is_bound_again)
             await node.unpublish()
             node.assert_nothing_left()
             node.assert_no_worker()
