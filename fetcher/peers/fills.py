@@ -78,7 +78,8 @@ class Fills:
         """
         digest, source = layer.descriptor.digest, Source(asker.reference, asker.keychain)
         fill = self._fills.get(digest)
-        if fill is None:
+        if fill is None or fill.scope.cancel_called:
+            # one that was told to stop holds its job no longer than it takes to stop
             fill = self._fills[digest] = _Fill(layer, source)
             self._nursery.start_soon(self._keep, fill, name=f"fill {digest.short}")
         fill.users += 1

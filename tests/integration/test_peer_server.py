@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from dataclasses import replace
@@ -11,15 +12,18 @@ import httpx
 import pytest
 import trio
 
-from fetcher.modelpack import Kind, Packing
-from fetcher.oci import Digest
+from fetcher.modelpack import Kind, Packing, blob_layer
+from fetcher.oci import Digest, Reference
+from fetcher.peers.access import Asker
 from fetcher.peers.http import HttpPatience
 from fetcher.peers.server import PeerServerSettings
 from fetcher.policy import ReferencePolicy
+from fetcher.ranges import Range
 from fetcher.store import Limits
 from tests.support.models import ModelBuilder, tiny_model
 from tests.support.peer_server import TOKEN, OwnsAll, PeerNode, Setup, peer_node
 from tests.support.proxy import Proxy, serve_proxy
+from tests.support.steps import cancelled_at
 from tests.support.stores import CHUNK, QUICK, pull, weights
 
 if TYPE_CHECKING:
@@ -222,6 +226,39 @@ def test_a_fill_ends_when_nobody_asks_any_more(registry: RegistryServer, tmp_pat
                 while node.jobs.running(digest) is not None:  # noqa: ASYNC110 (no event for it)
                     await trio.sleep(0.01)
             whole = await node.client.get(url)
+            assert whole.content == data
+
+    trio.run(main)
+
+
+def test_askers_may_leave_at_any_moment(registry: RegistryServer, tmp_path: Path) -> None:
+    """Nothing stays behind that fetches, and who asks next gets what he asks for."""
+    data = os.urandom(4 * CHUNK)
+    digest = registry.push_blob("peers/leaving", data)
+    layer = blob_layer(digest, len(data), "")
+    asker = Asker(Reference(registry.address, "peers/leaving", None, digest), None)
+
+    async def main() -> None:
+        setup = Setup(ownership=OwnsAll(), linger=0.0)
+        async with peer_node(tmp_path / "root", setup) as node:
+
+            async def ask() -> None:
+                ended = trio.Event()
+                await node.rights.blob(asker)
+                async with node.fills.filling(asker, layer) as job:
+                    with node.fills.wanting(job, Range(0, CHUNK), ended.set) as wanting:
+                        await ended.wait()
+                assert wanting.failure is None
+
+            for step in itertools.count():
+                reached = await cancelled_at(step, ask)
+                with trio.fail_after(20):
+                    while node.jobs.running(digest) is not None:  # noqa: ASYNC110 (no event)
+                        await trio.sleep(0.005)
+                if not reached:
+                    break
+            assert step > 3
+            whole = await node.client.get(node.blob_url("peers/leaving", digest, registry.address))
             assert whole.content == data
 
     trio.run(main)

@@ -55,6 +55,8 @@ class PeerNode:
     pulls: Pulls
     jobs: Jobs
     served: Served
+    fills: Fills
+    rights: Rights
     address: tuple[str, int]
     client: httpx.AsyncClient = field(repr=False)
 
@@ -128,7 +130,9 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
                 base_url=url, headers=headers, trust_env=False, timeout=20, verify=setup.verify
             ) as client:
                 pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
-                yield PeerNode(url, store, pulls, jobs, served, ("127.0.0.1", port), client)
+                yield PeerNode(
+                    url, store, pulls, jobs, served, fills, rights, ("127.0.0.1", port), client
+                )
             nursery.cancel_scope.cancel()
         jobs.close()
     finally:
