@@ -103,6 +103,11 @@ bench-pull: .tools/oras  ## a cold pull of 1 GiB against skopeo, oras and curl
 bench-pull-all: .tools/oras  ## the same for models of many sizes and kinds: an hour
 	@$(BIN)/python -m tests.bench.pull --all
 
+.PHONY: bench-lazy
+bench-lazy: setup  ## reading a lazily mounted model, against a bind mount
+	@.ci/packages fio
+	@$(BIN)/python -m tests.bench.lazy
+
 .PHONY: bench-memory
 bench-memory: setup  ## memory of pulls, as models and their number grow: table and graph
 	@$(BIN)/python -m tests.bench.memory --graph docs/memory.svg
