@@ -92,6 +92,8 @@ class Job:
         """What proves single chunks; of the first who knew it before the blob was begun."""
         self._readers = 0
         """Who may show trusted bytes."""
+        self.misread = trio.Event()
+        """The blob has to begin anew: see :attr:`PartialBlob.is_misread`."""
         self._indexing = trio.Lock()
         self._indexed = False
 
@@ -296,7 +298,11 @@ class Job:
         untrusted = partial.untrusted_headers()
         for chunk in untrusted:
             await self.want(chunk, trusted=True)
-        if not untrusted and self.partial is partial:
+        if partial.is_misread:
+            self.misread.set()
+            while self.partial is partial and not self.finished.is_set():
+                await self.change()
+        elif not untrusted and self.partial is partial:
             self._indexed = await run_stoppable(partial.write_index)
             if not self._indexed:
                 # it was just closed: the job ends, or begins anew
@@ -313,6 +319,7 @@ class Job:
     def begin(self, partial: PartialBlob, download: Download) -> None:
         """The blob is open, and fetched from now on."""
         self.partial, self._download = partial, download
+        self.misread = trio.Event()
         self.schedule.look_again()
         self._look()
 
@@ -449,16 +456,21 @@ class Jobs:
                         download.distrust()
                         await self._prove(job, download, partial)
                         right = await self._fetch_and_verify(job, download, partial)
-                if right:
+                if right and not partial.is_misread:
                     await run_stoppable(partial.finish)
                     partial.conclude(Verdict.VERIFIED)
                     store.complete_blob(layer)
                     break
-                if job.is_shown:
+                if job.is_shown and not partial.is_misread:
                     partial.conclude(Verdict.SPOILED)
             finally:
                 partial.close()
             store.discard_blob(digest)
+            if partial.is_misread:
+                # nobody has seen what is in it: that takes headers that are trusted
+                logger.warning("blob %s: its headers were wrong, fetching anew", digest)
+                download.distrust()
+                continue
             # what was there before may have been wrong, and another source may be right
             if job.is_shown or not (download.distrust() or resumed):
                 registry = job.source.reference.registry
@@ -506,6 +518,10 @@ class Jobs:
             right = await _verified(job, partial)
             nursery.cancel_scope.cancel()
 
+        async def begin_anew() -> None:
+            await job.misread.wait()
+            nursery.cancel_scope.cancel()
+
         async def checkpoint() -> None:
             while True:
                 await trio.sleep(_CHECKPOINT_SECONDS)
@@ -519,7 +535,7 @@ class Jobs:
                 nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
-            for task in (fetch, verify, checkpoint):
+            for task in (fetch, verify, checkpoint, begin_anew):
                 nursery.start_soon(run, task)
         if failures and not right:
             raise failures[0]

@@ -58,6 +58,8 @@ class PartialBlob:
         self._moves = threading.Lock()
         """Held while a chunk leaves the frame, or proves to be wrong."""
         self._watchers: tuple[Callable[[int], None], ...] = ()
+        self.is_misread = False
+        """Headers of an archive were read that proved wrong: where its bytes lie is not known."""
         self._readers = 0
         self._closed = False
         self.made: BlobChunks | None = None
@@ -434,13 +436,17 @@ class PartialBlob:
 
         Raises :class:`ModelError`.
         """
+        chunk = self.chunk(number)
         with self._map_errors(), self._moves:
             framed = self._chunks.is_framed(number)
             self._chunks.unmark(number)
             if self._proving is not None:
                 self._proving.forget(number)
+        self.is_misread |= any(
+            piece.start < chunk.stop and chunk.start < piece.stop for piece in self._place.headers()
+        )
         with self._arrival:
-            self.done -= len(self.chunk(number))
+            self.done -= len(chunk)
             self._hashed_wrong |= number <= self._hashing
         return framed
 
@@ -494,7 +500,8 @@ class PartialBlob:
     def write_index(self, _: threading.Event) -> bool:
         """Let readers know what is in a tar, once :meth:`awaited` is None; in a worker thread.
 
-        Whether that was done: not once the blob was closed. Raises :class:`fetcher.errors.InvalidArtifact` for one that is broken or hostile, and other
+        Whether that was done: not once the blob was closed. Raises
+        :class:`fetcher.errors.InvalidArtifact` for one that is broken or hostile, and other
         :class:`ModelError`.
         """
         with self._kept_open() as is_open, self._map_errors():

@@ -209,6 +209,33 @@ def test_a_tar_is_listed_by_its_headers_alone(
     in_lazy_node(tmp_path / "root", work)
 
 
+def test_headers_that_a_mirror_made_up_are_never_shown(
+    tmp_path: Path, registry: RegistryServer, proxy: Proxy, mirror: Proxy
+) -> None:
+    files = {f"part-{number}": os.urandom(6 * CHUNK) for number in range(4)}
+    builder = ModelBuilder().add_tar(files)
+    builder.push(registry, "lazy/headers", "v1")
+    blob, data = large(builder)
+    write_hosts(tmp_path / "hosts", proxy.address, mirrors_toml(mirror.address))
+    # in the name of the first file: the archive cannot be read any further
+    mirror.faults = Faults(corrupt_at=0, bytes_per_second=16 * CHUNK)
+
+    async def work(node: LazyNode) -> None:
+        model = await node.open(f"{proxy.address}/lazy/headers:v1", Prefetch.ALL)
+        await until(lambda: model.progress().done >= 4 * CHUNK)
+        await model.blob(str(blob)).index()
+        assert node.names_in(blob) == list(files)
+        await model.blob(str(blob)).want(Range(0, len(data)))
+        await until(lambda: model.complete)
+        tree = node.store.tree(model.digest, model.selection)
+        assert tree is not None
+        assert {path.name: path.read_bytes() for path in tree.path.iterdir()} == files
+        assert not problem_of(model)
+
+    settings = RegistrySettings(hosts_dir=tmp_path / "hosts")
+    in_lazy_node(tmp_path / "root", work, registries=settings)
+
+
 @pytest.mark.parametrize("packing", [Packing.TAR_GZIP, Packing.TAR_ZSTD])
 def test_a_compressed_layer_is_unpacked_on_first_touch(
     tmp_path: Path, registry: RegistryServer, proxy: Proxy, packing: Packing
