@@ -8,17 +8,13 @@ it needs is on the disk: it is started again without a word to any network.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
 import os
-import signal
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 import trio
 
 from csi import fuse_connections
@@ -27,6 +23,15 @@ from csi.mounts import unmount
 from csi.served import FUSE_TYPE
 from csi.worker_locks import LiveWorker, holder, is_held
 from csi.worker_logs import WorkerLogs
+from csi.worker_processes import (
+    WorkerProcess,
+    WorkerSettings,
+    has_ended,
+    kill,
+    launch,
+    problem_of,
+    reaped,
+)
 from fetcher.errors import ModelError, Unavailable
 from fetcher.lazy_plan import lock_path
 
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from csi.served import Folders, TreeKey
+
+__all__ = ["WorkerSettings", "Workers"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,41 +51,7 @@ END_TIMEOUT: Final = 5.0
 LOOK_SECONDS: Final = 0.05
 """How often a lock that another driver's worker is about to take or leave is looked at."""
 
-_MAX_READY_BYTES: Final = 16 * 1024
-_READY_DESCRIPTOR: Final = 3
 FOLDER_MODE: Final = 0o755
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """How workers are started."""
-
-    read_timeout: float = 60.0
-    """Seconds in which a read of missing bytes has to end."""
-    cgroup: Path | None = None
-    """The cgroup that they are put into; None for the driver's own."""
-    log_format: str = "text"
-    log_level: str = "info"
-    command: tuple[str, ...] = (sys.executable, "-P", "-m", "fuse")
-
-
-class _Ready(msgspec.Struct):
-    """What a worker says once: that it has mounted, or why not."""
-
-    ready: bool = False
-    error: str = ""
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A worker that lives, or did when it was last looked at."""
-
-    pid: int
-    descriptor: int
-    """Its pidfd."""
-    ended: trio.Event = field(default_factory=trio.Event)
-    stopping: bool = False
-    """Whether its end is wanted, and nothing to tell of."""
 
 
 @dataclass(eq=False)
@@ -114,7 +87,7 @@ class Workers:
         self._settings = settings
         self._nursery = nursery
         self._logs = logs or WorkerLogs()
-        self._workers: dict[TreeKey, _Worker] = {}
+        self._workers: dict[TreeKey, WorkerProcess] = {}
         self._starts: dict[TreeKey, _Start] = {}
         self._questions: dict[TreeKey, _Question] = {}
         self._send: trio.MemorySendChannel[TreeKey]
@@ -208,17 +181,17 @@ class Workers:
             del self._starts[key]
             start.finished.set()
 
-    def _register(self, key: TreeKey, worker: _Worker) -> _Worker:
+    def _register(self, key: TreeKey, worker: WorkerProcess) -> WorkerProcess:
         self._workers[key] = worker
         self._nursery.start_soon(self._watch, key, worker, name=f"worker {worker.pid}")
         return worker
 
-    def _adopted(self, key: TreeKey, found: LiveWorker) -> _Worker:
+    def _adopted(self, key: TreeKey, found: LiveWorker) -> WorkerProcess:
         logger.info("process %d serves model %s already", found.pid, key.model.short)
         self._logs.follow(key, self._folders.mountpoint(key))
-        return _Worker(found.pid, found.descriptor)
+        return WorkerProcess(found.pid, found.descriptor)
 
-    async def _found_or_started(self, key: TreeKey) -> _Worker:
+    async def _found_or_started(self, key: TreeKey) -> WorkerProcess:
         """The worker of ``key``: one that an earlier driver may be starting is waited for."""
         deadline = trio.current_time() + START_TIMEOUT
         if (old := self._workers.get(key)) is not None:
@@ -261,21 +234,22 @@ class Workers:
 
     # -- one process -------------------------------------------------------------------------------
 
-    async def _spawn(self, key: TreeKey) -> _Worker:
+    async def _spawn(self, key: TreeKey) -> WorkerProcess:
         """Start a process and wait until it serves. What cannot is ended again."""
         mountpoint = self._folders.mountpoint(key)
         # what a worker that died left; nobody lives there now
         await unmount(mountpoint)
         try:
             mountpoint.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            worker, ready = self._launch(key)
+            log = self._logs.open(key, mountpoint)
+            worker, ready = launch(self._settings, self._arguments(key), log)
         except OSError as error:
             raise Unavailable(
                 f"the worker of model {key.model.short} cannot be started: {error.strerror}"
             ) from error
         try:
             with trio.move_on_after(START_TIMEOUT):
-                problem = await _problem(ready)
+                problem = await problem_of(ready)
                 if problem is None:
                     logger.info("process %d serves model %s", worker.pid, key.model.short)
                     return worker
@@ -284,65 +258,26 @@ class Workers:
         except BaseException:
             # its mount stays, if there is one: it may be that of another one, which was faster
             with trio.CancelScope(shield=True):
-                await _kill(worker)
+                await kill(worker, END_TIMEOUT)
             os.close(worker.descriptor)
             self._logs.drain(key)
             raise
         finally:
             os.close(ready)
 
-    def _launch(self, key: TreeKey) -> tuple[_Worker, int]:
-        """Start the process; with where it says that it is ready.
+    def _arguments(self, key: TreeKey) -> list[str]:
+        """What the worker of ``key`` is to serve."""
+        which = ["--root", str(self._folders.root), "--model", str(key.model)]
+        return [*which, "--selection", key.selection] if key.selection else which
 
-        ``posix_spawn`` has no moment at which this process, with all of its threads, exists twice.
-        """
-        settings = self._settings
-        command = [
-            *settings.command,
-            *("--root", str(self._folders.root), "--model", str(key.model)),
-            *(("--selection", key.selection) if key.selection else ()),
-            *("--read-timeout", f"{settings.read_timeout:g}"),
-            *("--ready-fd", str(_READY_DESCRIPTOR)),
-            *("--log-format", settings.log_format, "--log-level", settings.log_level),
-        ]
-        log = self._logs.open(key, self._folders.mountpoint(key))
-        ready, said = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            # in this order: the log may have the number of the pipe's place
-            actions = [
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, log, 1),
-                (os.POSIX_SPAWN_DUP2, log, 2),
-                (os.POSIX_SPAWN_DUP2, said, _READY_DESCRIPTOR),
-            ]
-            pid = os.posix_spawn(
-                command[0],
-                command,
-                _environment(),
-                file_actions=actions,
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE,),
-            )
-        except BaseException:
-            os.close(ready)
-            raise
-        finally:
-            os.close(said)
-            os.close(log)
-        worker = _Worker(pid, os.pidfd_open(pid))
-        if settings.cgroup is not None:
-            _move(pid, settings.cgroup)
-        return worker, ready
-
-    async def _watch(self, key: TreeKey, worker: _Worker) -> None:
+    async def _watch(self, key: TreeKey, worker: WorkerProcess) -> None:
         """Notice the worker's end."""
         try:
             await trio.lowlevel.wait_readable(worker.descriptor)
         finally:
             trio.lowlevel.notify_closing(worker.descriptor)
             os.close(worker.descriptor)
-        status = _reaped(worker.pid)
+        status = reaped(worker.pid)
         if self._workers.get(key) is worker:
             del self._workers[key]
         worker.ended.set()
@@ -375,19 +310,19 @@ class Workers:
             await unmount(mountpoint)
         await self._remove_files(key)
 
-    async def _end(self, worker: _Worker, mountpoint: Path) -> None:
+    async def _end(self, worker: WorkerProcess, mountpoint: Path) -> None:
         """Unmount, so that the worker ends by itself; if it does not in time, kill it."""
         mount = mount_at(mountpoint)
         await unmount(mountpoint)
-        if await _has_ended(worker, END_TIMEOUT):
+        if await has_ended(worker, END_TIMEOUT):
             return
         logger.info("process %d does not end by itself: killing it", worker.pid)
-        if await _kill(worker):
+        if await kill(worker, END_TIMEOUT):
             return
         # one that sleeps in the kernel cannot die; who waits for it can be let go
         if mount is not None:
             fuse_connections.abort(mount)
-        if not await _has_ended(worker, END_TIMEOUT):
+        if not await has_ended(worker, END_TIMEOUT):
             logger.error("process %d cannot be ended: its model is served no more", worker.pid)
 
     async def _remove_files(self, key: TreeKey) -> None:
@@ -405,76 +340,6 @@ class Workers:
     async def forward_logs(self) -> None:
         """Bring what workers write into this process's log, until cancelled."""
         await self._logs.forward()
-
-
-def _environment() -> dict[str, str]:
-    """What a worker needs of ours: where its interpreter finds its parts, and nothing secret."""
-    names = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
-async def _kill(worker: _Worker) -> bool:
-    """Kill a process: whether it has ended, in time."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
-    return await _has_ended(worker, END_TIMEOUT)
-
-
-async def _has_ended(worker: _Worker, seconds: float) -> bool:
-    """Whether the worker ends within so many seconds; one that nobody watches is reaped here."""
-    with trio.move_on_after(seconds):
-        if worker.stopping:
-            await worker.ended.wait()
-        else:
-            await trio.lowlevel.wait_readable(worker.descriptor)
-            _reaped(worker.pid)
-        return True
-    return False
-
-
-def _reaped(pid: int) -> str:
-    """What a process ended with, as far as this one may know."""
-    try:
-        _, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return "another process started it"
-    code = os.waitstatus_to_exitcode(status)
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-
-def _move(pid: int, cgroup: Path) -> None:
-    """Put a process into a cgroup of its own kind; without it, it dies with the driver's pod."""
-    try:
-        cgroup.mkdir(exist_ok=True)
-        (cgroup / "cgroup.procs").write_text(str(pid))
-    except OSError as error:
-        logger.warning(
-            "process %d stays in the driver's cgroup, and may end with it: %s: %s",
-            pid,
-            cgroup,
-            error.strerror,
-        )
-
-
-async def _problem(ready: int) -> str | None:
-    """What keeps a worker from serving, as it says itself; None once it serves."""
-    said = b""
-    while not said.endswith(b"\n") and len(said) < _MAX_READY_BYTES:
-        try:
-            piece = os.read(ready, _MAX_READY_BYTES)
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(ready)
-            continue
-        if not piece:
-            break
-        said += piece
-    if not said:
-        return "it ended before it was ready"
-    try:
-        answer = msgspec.json.decode(said, type=_Ready)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return "what it says of itself cannot be read"
-    return None if answer.ready else answer.error or "it does not say why"
 
 
 def _cannot_start(key: TreeKey, reason: str) -> Unavailable:
