@@ -65,11 +65,15 @@ class Agent:
         root: Path,
         params: protocol.AttachParams,
         spoiled: Callable[[str, str], None],
+        attached: Callable[[], None],
     ) -> None:
-        """``spoiled`` is told of blobs whose bytes proved wrong, and why."""
+        """``spoiled`` is told of blobs whose bytes proved wrong, and why; ``attached`` is called
+        whenever an agent is reached, as the one before may have died without a word.
+        """
         self._root = root
         self._params = params
         self._spoiled = spoiled
+        self._on_attached = attached
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
         self._same: dict[_Key, _Asked] = {}
@@ -199,6 +203,7 @@ class Agent:
         logger.info("attached to the agent of %s", self._root)
         self.trouble = None
         self._attached = True
+        self._on_attached()
         for message in [*self._opened.values(), *(one.question for one in self._asked.values())]:
             self._say(message)
 

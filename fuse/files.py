@@ -77,6 +77,10 @@ class OpenFile:
         """Whether nothing of its blob has to be fetched."""
         return self._blob.complete
 
+    def look(self) -> None:
+        """See what became of its blob. Raises :class:`ModelError` and :class:`OSError`."""
+        self._blob.look()
+
     def missing(self, wanted: Range) -> Range | None:
         """What of these bytes of the file is not there, as a range of the blob.
 

@@ -7,11 +7,11 @@ a program did wrong, and :class:`fetcher.errors.ModelError` for what cannot be h
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import stat
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -93,7 +93,7 @@ class FileSystem:
         read_timeout: float,
     ) -> None:
         """``root`` is that of the store; ``params`` say who the worker is. Seconds."""
-        self.agent = Agent(root, params, self._heard_spoiled)
+        self.agent = Agent(root, params, self._heard_spoiled, self._look_again)
         self._inodes = inodes
         self._read_timeout = read_timeout
         self._buffers = Buffers()
@@ -269,7 +269,7 @@ class FileSystem:
         except (ModelError, OSError):
             return None
 
-    @contextmanager
+    @contextlib.contextmanager
     def _in_time(self, what: str) -> Iterator[None]:
         """Give the block the read timeout, and log what fails in it."""
         try:
@@ -300,6 +300,13 @@ class FileSystem:
         blob = self._blobs.get(name)
         if blob is not None:
             blob.spoil(reason)
+
+    def _look_again(self) -> None:
+        """Find the verdicts that an agent wrote and did not live to tell."""
+        for opened in self._opened.values():
+            # what proves wrong is noted, and told to who reads it
+            with contextlib.suppress(ModelError, OSError):
+                opened.content.look()
 
     def _spoiled(self, blob: Blob, reason: str) -> None:
         logger.error(

@@ -32,6 +32,7 @@ from fetcher.ranges import Range
 from tests.support.commands import wait_until
 from tests.support.lazy_agent import CHUNK, SmallAgent
 from tests.support.lazy_worker import start, worker
+from tests.support.memory_limits import memory_limit
 from tests.support.models import Member, ModelBuilder, hard_link, symlink
 from tests.support.stores import STILL, build, in_store, put_content
 
@@ -389,6 +390,22 @@ def test_bytes_that_proved_wrong_are_not_read_any_more(tmp_path: Path) -> None:
         assert "proved wrong" in one.log.read_text()
 
 
+def test_a_verdict_that_no_agent_lived_to_tell_is_found(tmp_path: Path) -> None:
+    bad = os.urandom(40 * CHUNK)
+    builder = ModelBuilder().add_raw("bad", bad)
+    agent = _agent(tmp_path, builder)
+    with (
+        agent.running(),
+        worker(tmp_path, builder.body) as one,
+        open(one.mount / "bad", "rb", buffering=0) as file,
+    ):
+        assert file.read() == bad
+        agent.stop()
+        agent.spoil(_name(bad), "the registry sent other bytes", tell=False)
+        agent.start()
+        wait_until(lambda: not _readable(file.fileno()), "it cannot be read")
+
+
 def _readable(file: int) -> bool:
     try:
         os.pread(file, 10, 0)
@@ -638,19 +655,23 @@ with open(path, "rb", buffering=0) as file:
 """
 
 
-def test_the_worker_stays_small_with_many_readers(tmp_path: Path, sparse: ModelBuilder) -> None:
-    with worker(tmp_path, sparse.body) as one:
-        step = (8 << 30) // 64
+def test_many_readers_and_the_worker_have_room_in_half_a_gigabyte(
+    tmp_path: Path, sparse: ModelBuilder
+) -> None:
+    step = (8 << 30) // 64
+    with memory_limit(512 * MIB) as limit, worker(tmp_path, sparse.body) as one:
+        limit.take(one.process.pid)
         readers = [
             subprocess.Popen(
-                [
+                limit.inside(
                     *(sys.executable, "-S", "-c", SEQUENTIAL),
-                    *(one.mount / "x", str(number * step), str(12 * MIB)),
-                ]
+                    *(str(one.mount / "x"), str(number * step), str(16 * MIB)),
+                )
             )
             for number in range(64)
         ]
         assert {reader.wait(60) for reader in readers} == {0}
+        assert limit.killed() == 0
         assert one.resident() < 100 * MIB
 
 

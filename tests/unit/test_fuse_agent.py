@@ -43,7 +43,11 @@ def _run(small: SmallAgent, work: Callable[[Agent], Awaitable[None]]) -> list[tu
 
     async def main() -> None:
         params = protocol.AttachParams(model="sha256:1", pid=1)
-        agent = Agent(small.root, params, lambda name, reason: spoiled.append((name, reason)))
+
+        def noted(name: str, reason: str) -> None:
+            spoiled.append((name, reason))
+
+        agent = Agent(small.root, params, noted, lambda: None)
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(agent.run)
