@@ -46,6 +46,8 @@ class Scenario:
     peers: bool = True
     lazy: bool = False
     """Whether it is over for a node with the first byte that a pod reads, anywhere."""
+    joining: bool = False
+    """Whether nodes are started by ``prepare``, one after the other."""
     zones: tuple[str, ...] = ("a",)
     prepare: Callable[[Cluster, list[Node], str], list[Node]] | None = None
     """Gives the nodes that take part, when something happened to the others before."""
@@ -88,7 +90,8 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario) -> Outcome:
         nodes = [made.add(1, zone=zones[n % len(zones)])[0] for n in range(scenario.nodes)]
         if scenario.peers:
             made.befriend(nodes)
-        made.start(nodes)
+        if not scenario.joining:
+            made.start(nodes)
         reference = made.reference(model)
         if scenario.prepare is not None:
             nodes = scenario.prepare(made, nodes, reference)
@@ -144,9 +147,11 @@ def _check(race: Race, node: Node, model: Model) -> None:
 
 
 def _one_after_another(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
-    """All but the last one have it."""
+    """All but the last one have it before the last one is started."""
     for node in nodes[:-1]:
+        made.start([node])
         node.publish(reference)
+    made.start(nodes[-1:])
     return nodes[-1:]
 
 
@@ -178,7 +183,7 @@ ALONE: Final = Scenario("one node alone", nodes=1, peers=False)
 APART: Final = Scenario("8 nodes, no peers", peers=False)
 TOGETHER: Final = Scenario("8 nodes, peers")
 _OTHERS: Final = (
-    Scenario("the ninth node", nodes=_NODES + 1, prepare=_one_after_another),
+    Scenario("the ninth node", nodes=_NODES + 1, joining=True, prepare=_one_after_another),
     Scenario("8 nodes, 3 of them killed", disturb=_three_die),
     Scenario("8 nodes, one blackholed", disturb=_one_is_silent),
     Scenario("8 nodes, one at a tenth", disturb=_one_is_slow),

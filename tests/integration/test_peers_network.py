@@ -114,15 +114,17 @@ def test_many_small_layers_are_fetched_once(
     assert 1 <= ran.sent <= ran.bar(1.02, 2)
 
 
-def test_who_comes_last_gets_everything_from_the_others(
-    friends: tuple[Cluster, list[Node]], registry: RegistryServer
-) -> None:
-    made, nodes = friends
+def test_who_comes_last_gets_everything_from_the_others(registry: RegistryServer) -> None:
     model = push(registry, "peers/last")
-    for node in nodes[:-1]:
-        node.publish(made.reference(model), "last")
-    ran = compete(made, nodes[-1:], model, pod="last")
-    assert ran.sent <= ran.bar(0, 0.5)
+    with cluster(registry) as made:
+        nodes = made.add(3, *SMALL_CHUNKS)
+        made.befriend(nodes)
+        for node in nodes[:-1]:
+            made.start([node])
+            node.publish(made.reference(model))
+        made.start(nodes[-1:])
+        ran = compete(made, nodes[-1:], model)
+        assert ran.sent <= ran.bar(0, 0.5)
 
 
 def test_lazy_volumes_show_their_first_byte_at_once(
