@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from tests.support.registry import RegistryServer
 
-REPOSITORY = Path(__file__).parents[2]
 TOKEN = "a-shared-token-of-the-peers"
 
 
