@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.bench.graph import Axis, Line, draw
 from tests.bench.models import Case, push
-from tests.support.cluster import Cluster, Model, Node, Race, cluster
+from tests.support.cluster import Cluster, Model, Node, Race, cluster, publish_chunk_digests
 from tests.support.commands import wait_until
 from tests.support.networks import NODE_MBIT
 from tests.support.processors import Busy
@@ -45,7 +45,8 @@ class Scenario:
     nodes: int = _NODES
     peers: bool = True
     lazy: bool = False
-    """Whether it is over for a node with the first byte that a pod reads, anywhere."""
+    """Whether it is over for a node with the first byte that a pod reads, anywhere. The model has
+    chunk digests then: without them, each node asks the registry for what a pod waits for."""
     joining: bool = False
     """Whether nodes are started by ``prepare``, one after the other."""
     zones: tuple[str, ...] = ("a",)
@@ -85,6 +86,8 @@ class Failure(Exception):
 
 def run(upstream: RegistryServer, model: Model, scenario: Scenario) -> Outcome:
     """One run of ``scenario`` with new nodes. Raises :class:`Failure`."""
+    if scenario.lazy:
+        publish_chunk_digests(upstream, model)
     with cluster(upstream, *scenario.zones) as made:
         zones = scenario.zones
         nodes = [made.add(1, zone=zones[n % len(zones)])[0] for n in range(scenario.nodes)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from tests.support.cluster import Cluster, Model, Node, Race, cluster
+from tests.support.cluster import Cluster, Model, Node, Race, cluster, publish_chunk_digests
 from tests.support.processors import Busy
 from tests.support.sources import weights
 from tests.support.token_server import PASSWORD
@@ -132,6 +132,7 @@ def test_lazy_volumes_show_their_first_byte_at_once(
 ) -> None:
     made, nodes = friends
     model = push(registry, "peers/lazy")
+    publish_chunk_digests(registry, model, "--chunk-size", str(CHUNK))
     reference, before = made.reference(model), made.registry.counts.total
 
     def show(node: Node) -> None:

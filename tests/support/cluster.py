@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from tests.support.commands import wait_until
+from tests.support.commands import ModelCsi, wait_until
 from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver
 from tests.support.networks import network
@@ -196,6 +196,14 @@ class Cluster:
     def egress(self) -> int:
         """Bytes that the registry has sent."""
         return self.registry.counts.total + self.registry.counts.others
+
+
+def publish_chunk_digests(upstream: RegistryServer, model: Model, *options: str) -> None:
+    """``model-csi index``, so that nodes know the bytes of each chunk."""
+    with tempfile.TemporaryDirectory(prefix="index-") as folder:
+        cli = ModelCsi(Path(folder) / "root", Path(folder))
+        done = cli.run("index", *options, upstream.reference(model.repository, "v1"))
+    assert done.status == 0, done.errors
 
 
 @contextlib.contextmanager
