@@ -31,7 +31,8 @@ _WINDOW: Final = 256
 """Chunks among which one is chosen, the most urgent first."""
 _PATIENCE: Final = 30.0
 """Seconds for which all who have a chunk may be busy, before the registry is asked."""
-_MOST_HOLDERS: Final = 4
+_MOST_HOLDERS: Final = 8
+"""Members that are remembered to have one chunk."""
 _GUESSES: Final = 2
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
@@ -104,9 +105,10 @@ class BlobChoice:
     _version: int = -1
     _owners: Owners | None = None
     _lines: dict[int, tuple[Member, ...]] = field(default_factory=dict)
-    _haves: dict[str, Have] = field(default_factory=dict)
-    _named: dict[int, list[str]] = field(default_factory=dict)
-    """By chunk, members of which others say that they have it."""
+    _had: dict[str, int] = field(default_factory=dict)
+    """By member, the chunks that it is known to have, as bits."""
+    _holders: dict[int, list[str]] = field(default_factory=dict)
+    """By chunk, some members that have it, as they or others said."""
     _lacking: dict[tuple[str, int], float] = field(default_factory=dict)
     """Until when members are not asked for chunks that they lack."""
     _elsewhere: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -153,11 +155,14 @@ class BlobChoice:
         self, chunk: int, line: tuple[Member, ...], now: float, excepted: Iterable[str] = ()
     ) -> Pick | None:
         """Whom to ask for one chunk, if anybody can be asked now."""
+        is_full = self.standings.under_way >= self.appetite.of_peers
+        if is_full and self._first(chunk, line, now) is not None:
+            return None
         able = [one for one in self._able(chunk, line, now) if one.name not in excepted]
         if not able:
             # as if there were no peers
             return Pick(chunk, None) if self._may_ask_registry() else None
-        if self.standings.under_way >= self.appetite.of_peers:
+        if is_full:
             return None
         ready = [one for one in able if self._is_ready(one, chunk, now) and self._is_free(one)]
         if not ready and not excepted:
@@ -170,23 +175,20 @@ class BlobChoice:
 
     def _able(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
         """Who is to be asked: the first of the line that is there, and who has it as it seems."""
-        first = next((one for one in line if self._may_ask(one, chunk, now)), None)
-        holders = self._holders(chunk, line, now)
+        first = self._first(chunk, line, now)
+        mine = self.members.myself.zone
+        holders = [
+            one
+            for name in self._holders.get(chunk, ())
+            if (one := self.members.find(name)) is not None
+            and one.zone == mine
+            and one not in line
+            and self._may_ask(one, chunk, now)
+        ]
         return holders if first is None else [first, *holders]
 
-    def _holders(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
-        """Some members of this zone that have the chunk, as they or others said."""
-        wanted = self.range(chunk)
-        names = [*self._named.get(chunk, ())]
-        names += [name for name, have in self._haves.items() if have.has(wanted)]
-        found: list[Member] = []
-        for name in dict.fromkeys(names):
-            one = self.members.find(name)
-            if one is not None and one not in line and self._may_ask(one, chunk, now):
-                found.append(one)
-        mine = self.members.myself.zone
-        found = [one for one in found if one.zone == mine]
-        return sorted(found, key=lambda one: self._cost(one, line))[:_MOST_HOLDERS]
+    def _first(self, chunk: int, line: tuple[Member, ...], now: float) -> Member | None:
+        return next((one for one in line if self._may_ask(one, chunk, now)), None)
 
     def _guesses(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
         """Members that may have got the chunk meanwhile: they say quickly if they have not."""
@@ -196,6 +198,7 @@ class BlobChoice:
             one
             for one in tried
             if one not in line
+            and one != self.members.myself
             and self._may_ask(one, chunk, now)
             and self._is_ready(one, chunk, now)
             and self._is_free(one)
@@ -222,7 +225,7 @@ class BlobChoice:
     def _cost(self, member: Member, line: Sequence[Member]) -> float:
         """The less we ask of it, and the less it has to do at all, the better."""
         one = self.standings.of(member.name)
-        sure = member in line or member.name in self._haves
+        sure = member in line or member.name in self._had
         turn = zlib.crc32(f"{self.members.myself.name} {member.name}".encode()) / 2**32
         return one.under_way + one.load / 64 + (0.0 if sure else _UNKNOWN) + turn / 256
 
@@ -289,26 +292,41 @@ class BlobChoice:
 
     def came(self, chunk: int) -> None:
         """The chunk is there."""
-        self._named.pop(chunk, None)
+        self._holders.pop(chunk, None)
         self._waiting_since.pop(chunk, None)
 
     def told(self, member: Member, have: Have) -> None:
         """The member has these chunks."""
-        self._haves[member.name] = have
+        count = -(-self.size // self.chunk_size)
+        if not have.chunk_size:
+            had = (1 << count) - 1
+        elif have.chunk_size == self.chunk_size:
+            had = have.bits & ((1 << count) - 1)
+        else:
+            return
+        new = had & ~self._had.get(member.name, 0)
+        self._had[member.name] = had
+        while new:
+            chunk = new.bit_length() - 1
+            new ^= 1 << chunk
+            self._note(chunk, member.name)
+
+    def _note(self, chunk: int, name: str) -> None:
+        names = self._holders.setdefault(chunk, [])
+        if name not in names:
+            names.insert(0, name)
+            del names[_MOST_HOLDERS:]
 
     def named(self, member: Member, chunk: int, other: str, now: float) -> None:
         """The member has much to do, and says who else has the chunk."""
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
-        names = self._named.setdefault(chunk, [])
-        if other not in names:
-            names.insert(0, other)
-            del names[_MOST_HOLDERS:]
+        self._note(chunk, other)
 
     def lacks(self, member: Member, chunk: int, now: float) -> None:
         """The member does not have the chunk, and does not fetch it."""
         self._lacking[member.name, chunk] = now + _LACKING_SECONDS
-        if member.name in self._named.get(chunk, ()):
-            self._named[chunk].remove(member.name)
+        if member.name in self._holders.get(chunk, ()):
+            self._holders[chunk].remove(member.name)
 
     # -- chunks ------------------------------------------------------------------------------------
 

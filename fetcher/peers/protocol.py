@@ -91,6 +91,12 @@ class Have:
         text = f"{self.chunk_size}:{self.bitmap.hex()}"
         return text if len(text) <= MAX_HAVE_CHARACTERS else None
 
+    @property
+    def bits(self) -> int:
+        """The chunks that are there, chunk *n* as the bit of weight ``1 << n``."""
+        swapped = bytes(int(f"{one:08b}"[::-1], 2) for one in self.bitmap)
+        return int.from_bytes(swapped, "little")
+
     def has(self, wanted: Range) -> bool:
         """Whether all bytes of ``wanted``, which are some, are there."""
         if not self.chunk_size:
