@@ -26,14 +26,14 @@ from fetcher.store.chunks import (
     boot_id,
     read_header,
 )
-from fetcher.store.layers import load_layer
+from fetcher.store.layers import load_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from fetcher.modelpack import Layer
-    from fetcher.store.layers import LayerFiles
+    from fuse.tree import Index
 
 _SHOWN: Final = THERE | TRUSTED
 _WRONG: Final = "its digest is another one"
@@ -282,14 +282,14 @@ class Blob:
                 continue
         raise Changed
 
-    def load(self) -> LayerFiles:
+    def load(self) -> Index:
         """What is in the archive, as far as the store knows it; for a worker thread.
 
         Raises :class:`Changed` if it does not know yet, and :class:`OSError`.
         """
         for folder in (self._files, self._parts):
             try:
-                return load_layer(folder)
+                return load_index(folder)
             except FileNotFoundError:
                 continue
         raise Changed

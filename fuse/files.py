@@ -90,7 +90,7 @@ class OpenFile:
 
     def _in_blob(self, wanted: Range) -> Range:
         """Where bytes of the file are in the blob; all of it where that is compressed."""
-        offset = self.file.place.offset
+        offset = self.file.offset
         if offset < 0:
             return Range(0, self._blob.size)
         return Range(offset + wanted.start, offset + wanted.stop)
@@ -125,7 +125,7 @@ class OpenFile:
     @property
     def _has_places(self) -> bool:
         """Whether its bytes are in the blob one after another."""
-        return self.file.place.offset >= 0
+        return self.file.offset >= 0
 
     async def _fill(self, view: memoryview, wanted: Range, pieces: list[Piece]) -> None:
         if not pieces:
@@ -135,12 +135,12 @@ class OpenFile:
         for piece in pieces:
             part = view[done : done + len(piece.range)]
             done += len(part)
-            if piece.framed or self.file.place.number < 0:
+            if piece.framed or self.file.number < 0:
                 if self._blob.whole is None:
                     raise Changed
                 await self._read(self._blob.whole, part, piece.range.start)
             else:
-                offset = piece.range.start - self.file.place.offset
+                offset = piece.range.start - self.file.offset
                 await self._read(self._own_file(), part, offset)
 
     def _own_file(self) -> StoreFile:
@@ -148,7 +148,7 @@ class OpenFile:
             if self._own is not None:
                 self._own.close()
                 self._own = None
-            self._own = self._blob.open_file(self.file.place.number)
+            self._own = self._blob.open_file(self.file.number)
             self._generation = self._blob.generation
         return self._own
 

@@ -225,7 +225,7 @@ class FileSystem:
         node = self._node(inode)
         if not isinstance(node, File):
             raise OSError(errno.EISDIR, "no regular file")
-        blob = self._blobs[str(node.place.layer.descriptor.digest)]
+        blob = self._blobs[str(node.layer.descriptor.digest)]
         content = OpenFile(node, blob, self.agent, self._buffers, self._droppings)
         self._opened[inode] = _Opened(content, Streams(node.size))
         if self._missing(content, Range(0, node.size)):
@@ -260,7 +260,7 @@ class FileSystem:
     def _fetch_ahead(self, content: OpenFile, ahead: Range | None) -> None:
         missing = self._missing(content, ahead) if ahead else None
         if missing is not None:
-            self.agent.ahead(str(content.file.place.layer.descriptor.digest), missing)
+            self.agent.ahead(str(content.file.layer.descriptor.digest), missing)
 
     def _missing(self, content: OpenFile, wanted: Range) -> Range | None:
         """What is not there, as far as that can be seen now: whoever reads will be told better."""
@@ -326,7 +326,7 @@ class FileSystem:
             inodes = [
                 file.inode
                 for file in self._inodes.files()
-                if str(file.place.layer.descriptor.digest) in names
+                if str(file.layer.descriptor.digest) in names
             ]
             await trio.to_thread.run_sync(_each, forget, inodes)
 

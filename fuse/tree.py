@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import trio
 
-from fetcher.artifacts import FileEntry, FolderEntry, HardLinkEntry, LinkEntry, Tree
+from fetcher.artifacts import Entry, FileEntry, FolderEntry, HardLinkEntry, LinkEntry, Tree
 from fetcher.errors import InvalidArtifact
 from fetcher.modelpack import Packing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fetcher.artifacts import Entry
     from fetcher.modelpack import Layer, Model, Selection
     from fetcher.oci import Digest
-    from fetcher.store.layers import LayerFiles
 
 ROOT: Final = 1
 """The inode of the root, as the kernel's protocol has it."""
@@ -32,24 +30,19 @@ _AT_ONE_TIME: Final = 2000
 """Entries that become inodes before somebody else gets the thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilePlace:
-    """Where the bytes of a file are."""
+@dataclass(slots=True, eq=False)
+class File:
+    """A regular file, and where its bytes are."""
 
+    inode: int
+    size: int
+    executable: bool
+    mtime_ns: int
     layer: Layer
     number: int
     """Which of the layer's regular files it is; -1 if it is the whole of a raw layer."""
     offset: int
     """Where it begins in the blob; -1 where that is compressed."""
-
-
-@dataclass(slots=True, eq=False)
-class File:
-    inode: int
-    size: int
-    executable: bool
-    mtime_ns: int
-    place: FilePlace
     links: int = 1
 
 
@@ -66,6 +59,18 @@ class Folder:
 
 
 Node = Folder | File | Link
+Index = list[tuple[Entry, int]]
+"""As :func:`fetcher.store.layers.load_index` gives it."""
+
+
+class _Shown(NamedTuple):
+    """An entry that is shown; of a file its number and offset."""
+
+    entry: Entry
+    number: int = -1
+    offset: int = -1
+
+
 NodeT = TypeVar("NodeT", Folder, File, Link)
 
 
@@ -98,8 +103,9 @@ class Inodes:
                 size = layer.descriptor.size
                 entry = FileEntry(layer.path, size, layer.executable, layer.mtime_ns)
                 self._tree.add(entry)
-                self._place(entry.path, self._file(entry, FilePlace(layer, -1, 0)))
-        self._forget_tree()
+                self._place(entry.path, self._file(entry, layer, -1, 0))
+        if not self.open:
+            self._tree = None
 
     @property
     def complete(self) -> bool:
@@ -117,70 +123,75 @@ class Inodes:
         """Every regular file that is known, once."""
         return (node for node in self._nodes.values() if isinstance(node, File))
 
-    async def add(self, layer: Layer, content: LayerFiles) -> None:
+    async def add(self, layer: Layer, content: Index) -> None:
         """Let what is in an open layer be known; nothing where it is known already.
 
-        Raises :class:`InvalidArtifact`, now and for every layer that comes later, when it
-        contradicts another layer.
+        ``content`` is used up. Raises :class:`InvalidArtifact`, now and for every layer that comes
+        later, when it contradicts another layer.
         """
         async with self._adding:
             if layer.descriptor.digest not in self.open:
                 return
             if self.problem is not None or self._tree is None:
                 raise self.problem or ValueError("all layers are known")
-            wanted = list(self._wanted(layer, content))
+            linked = {entry.target for entry, _ in content if isinstance(entry, HardLinkEntry)}
             try:
-                await trio.to_thread.run_sync(_check, self._tree, [entry for entry, _ in wanted])
-                await self._place_all(wanted)
+                shown = self._shown(layer, linked, content)
+                await trio.to_thread.run_sync(_check, self._tree, shown)
+                if len(self.open) == 1:
+                    # nothing is checked against it any more, and it is as large as all names
+                    self._tree = None
+                await self._place_all(layer, self._shown(layer, linked, _taken(content)))
             except InvalidArtifact as error:
                 self.problem = error
                 raise
             del self.open[layer.descriptor.digest]
-            self._forget_tree()
 
-    def _wanted(
-        self, layer: Layer, content: LayerFiles
-    ) -> Iterator[tuple[Entry, FilePlace | None]]:
-        """The entries that are shown, regular files with their place.
+    def _shown(
+        self, layer: Layer, linked: set[str], content: Iterable[tuple[Entry, int]]
+    ) -> Iterator[_Shown]:
+        """The entries that are shown; ``linked`` are the files that hard links name.
 
         A hard link is one more name of a file, whether or not the file's first one is shown.
         """
-        places = {
-            file.entry.path: (file.entry, FilePlace(layer, number, file.offset))
-            for number, file in enumerate(content.files)
-        }
-        for entry in content.entries:
+        firsts: dict[str, _Shown] = {}
+        number = -1
+        for entry, offset in content:
+            shown = _Shown(entry)
+            if isinstance(entry, FileEntry):
+                number += 1
+                shown = _Shown(entry, number, offset)
+                if entry.path in linked:
+                    firsts[entry.path] = shown
             if not self._selection.wants_path(layer.kind, entry.path):
                 continue
-            match entry:
-                case HardLinkEntry():
-                    first, place = places[entry.target]
-                    yield replace(first, path=entry.path), place
-                case FileEntry():
-                    yield entry, places[entry.path][1]
-                case _:
-                    yield entry, None
+            if isinstance(entry, HardLinkEntry):
+                first = firsts[entry.target]
+                named = replace(first.entry, path=entry.path)
+                shown = _Shown(named, first.number, first.offset)
+            yield shown
 
-    async def _place_all(self, wanted: Iterable[tuple[Entry, FilePlace | None]]) -> None:
-        shown: dict[int, File] = {}
-        for number, (entry, place) in enumerate(wanted):
-            if number % _AT_ONE_TIME == 0:
+    async def _place_all(self, layer: Layer, wanted: Iterable[_Shown]) -> None:
+        known: dict[int, File] = {}
+        for count, (entry, number, offset) in enumerate(wanted):
+            if count % _AT_ONE_TIME == 0:
                 await trio.lowlevel.checkpoint()
-            if isinstance(entry, FileEntry) and place is not None:
-                file = shown.get(place.number)
-                if file is None:
-                    file = shown[place.number] = self._file(entry, place)
-                else:
-                    file.links += 1
-                self._place(entry.path, file)
-            elif isinstance(entry, FolderEntry):
-                self._folder(entry.path)
-            elif isinstance(entry, LinkEntry):
-                self._place(entry.path, self._new(Link(_inode(entry.path), entry.target)))
+            match entry:
+                case FileEntry():
+                    file = known.get(number)
+                    if file is None:
+                        file = known[number] = self._file(entry, layer, number, offset)
+                    else:
+                        file.links += 1
+                    self._place(entry.path, file)
+                case FolderEntry():
+                    self._folder(entry.path)
+                case LinkEntry():
+                    self._place(entry.path, self._new(Link(_inode(entry.path), entry.target)))
 
-    def _file(self, entry: FileEntry, place: FilePlace) -> File:
-        mtime = entry.mtime_ns or 0
-        return self._new(File(_inode(entry.path), entry.size, entry.executable, mtime, place))
+    def _file(self, entry: FileEntry, layer: Layer, number: int, offset: int) -> File:
+        about = entry.size, entry.executable, entry.mtime_ns or 0
+        return self._new(File(_inode(entry.path), *about, layer, number, offset))
 
     def _new(self, node: NodeT) -> NodeT:
         if node.inode in self._nodes:
@@ -210,15 +221,17 @@ class Inodes:
             position = end + 1
         return folder
 
-    def _forget_tree(self) -> None:
-        """Nothing is checked against it any more, and it is as large as all names together."""
-        if not self.open:
-            self._tree = None
+
+def _check(tree: Tree, wanted: Iterator[_Shown]) -> None:
+    for shown in wanted:
+        tree.add(shown.entry)
 
 
-def _check(tree: Tree, entries: list[Entry]) -> None:
-    for entry in entries:
-        tree.add(entry)
+def _taken(content: Index) -> Iterator[tuple[Entry, int]]:
+    """All of it, in order, none of which is kept: its memory is that of what is made of it."""
+    content.reverse()
+    while content:
+        yield content.pop()
 
 
 def _inode(path: str) -> int:

@@ -122,6 +122,20 @@ def load_layer(folder: Path) -> LayerFiles:
     return LayerFiles(entries, files)
 
 
+def load_index(folder: Path) -> list[tuple[Entry, int]]:
+    """Read only a layer's index back: its entries, with the offset of each file in the blob, -1
+    where that was compressed. Raises :class:`FileNotFoundError` if it is not there.
+    """
+    records = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[_Record])
+    records.reverse()
+    found: list[tuple[Entry, int]] = []
+    while records:
+        # each gives its memory to the next: there may be a hundred thousand
+        record = records.pop()
+        found.append((_to_entry(record), record.offset))
+    return found
+
+
 def unpack_layer(
     blob: Path,
     folder: Path,

@@ -204,16 +204,16 @@ def test_the_files_of_a_tar_are_found_wherever_they_are(tar: Scene) -> None:
         tar.blob.open_file(0)
     tar.agent.open_archive(tar.name)
     early = tar.blob.load()
-    assert [file.entry.path for file in early.files] == ["one", "two"]
+    assert [entry.path for entry, _ in early] == ["one", "two"]
     tar.agent.fill(tar.name, tar.whole)
     before = tar.blob.open_file(1)
     tar.agent.complete(tar.name)
     after = tar.blob.open_file(1)
     assert before.identity == after.identity
-    assert tar.blob.load().entries == early.entries
+    assert tar.blob.load() == early
     assert tar.blob.missing(tar.whole) is None
     assert tar.blob.complete
-    offset = early.files[1].offset
+    offset = early[1][1]
     assert os.pread(after.descriptor, 100, 0) == tar.data[offset : offset + 100]
     before.close()
     after.close()

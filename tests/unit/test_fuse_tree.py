@@ -11,28 +11,19 @@ import trio
 from fetcher.artifacts import FileEntry, FolderEntry, HardLinkEntry, LinkEntry
 from fetcher.errors import InvalidArtifact
 from fetcher.modelpack import Kind, Packing, Selection, read_model
-from fetcher.store.layers import LayerFile, LayerFiles
 from fuse.tree import ROOT, File, Folder, Inodes, Link
 from tests.support.models import ModelBuilder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fetcher.artifacts import Entry
     from fetcher.modelpack import Model
+    from fuse.tree import Index
 
 EVERYTHING = Selection()
 
 
-def _content(folder: Path, *entries: Entry) -> LayerFiles:
-    files = [entry for entry in entries if isinstance(entry, FileEntry)]
-    return LayerFiles(
-        entries,
-        tuple(
-            LayerFile(file, folder / str(number), 512 * (number + 1), None)
-            for number, file in enumerate(files)
-        ),
-    )
+def _content(*entries: Entry) -> Index:
+    return [(entry, 512 * number) for number, entry in enumerate(entries, 1)]
 
 
 def _model(*archives: str) -> Model:
@@ -75,12 +66,11 @@ def test_what_a_selection_leaves_out_is_not_there() -> None:
     assert inodes.complete
 
 
-def test_inodes_do_not_depend_on_the_order_in_which_layers_come(tmp_path: Path) -> None:
+def test_inodes_do_not_depend_on_the_order_in_which_layers_come() -> None:
     model = _model("a", "b", "c")
     archives = model.layers[2:]
     contents = [
         _content(
-            tmp_path,
             FolderEntry("shared"),
             FileEntry(f"shared/{number}", 7),
             HardLinkEntry(f"again{number}", f"shared/{number}"),
@@ -93,9 +83,9 @@ def test_inodes_do_not_depend_on_the_order_in_which_layers_come(tmp_path: Path) 
         inodes = Inodes(model, EVERYTHING)
         for number in order:
             assert not inodes.complete
-            await inodes.add(archives[number], contents[number])
+            await inodes.add(archives[number], list(contents[number]))
             # again changes nothing
-            await inodes.add(archives[number], contents[number])
+            await inodes.add(archives[number], list(contents[number]))
         assert inodes.complete
         return _names(inodes)
 
@@ -105,10 +95,10 @@ def test_inodes_do_not_depend_on_the_order_in_which_layers_come(tmp_path: Path) 
     assert found[0]["again1"] == found[0]["shared/1"]
 
 
-def test_a_hard_link_is_the_same_file_though_its_first_name_is_left_out(tmp_path: Path) -> None:
+def test_a_hard_link_is_the_same_file_though_its_first_name_is_left_out() -> None:
     inodes = Inodes(_model("a"), Selection(exclude_patterns=("first",)))
     content = _content(
-        tmp_path, FileEntry("first", 7), HardLinkEntry("x", "first"), HardLinkEntry("y", "first")
+        FileEntry("first", 7), HardLinkEntry("x", "first"), HardLinkEntry("y", "first")
     )
     trio.run(inodes.add, inodes.open[next(iter(inodes.open))], content)
     names = _names(inodes)
@@ -118,9 +108,9 @@ def test_a_hard_link_is_the_same_file_though_its_first_name_is_left_out(tmp_path
     assert (file.links, file.size, names["y"]) == (2, 7, names["x"])
 
 
-def test_links_keep_their_target(tmp_path: Path) -> None:
+def test_links_keep_their_target() -> None:
     inodes = Inodes(_model("a"), EVERYTHING)
-    content = _content(tmp_path, LinkEntry("d/link", "../config.json"))
+    content = _content(LinkEntry("d/link", "../config.json"))
     trio.run(inodes.add, inodes.open[next(iter(inodes.open))], content)
     link = inodes.get(_names(inodes)["d/link"])
     assert isinstance(link, Link)
@@ -137,16 +127,16 @@ def test_links_keep_their_target(tmp_path: Path) -> None:
         FileEntry("../out", 5),
     ],
 )
-def test_a_layer_that_contradicts_another_one_is_refused(tmp_path: Path, entry: Entry) -> None:
+def test_a_layer_that_contradicts_another_one_is_refused(entry: Entry) -> None:
     inodes = Inodes(_model("a", "b"), EVERYTHING)
     one, two = inodes.open.values()
 
     async def main() -> None:
         with pytest.raises(InvalidArtifact):
-            await inodes.add(one, _content(tmp_path, FileEntry("good", 1), entry))
+            await inodes.add(one, _content(FileEntry("good", 1), entry))
         # what other layers have may not be told apart any more
         with pytest.raises(InvalidArtifact):
-            await inodes.add(two, _content(tmp_path, FileEntry("other", 1)))
+            await inodes.add(two, _content(FileEntry("other", 1)))
 
     trio.run(main)
     assert not inodes.complete
