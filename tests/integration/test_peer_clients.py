@@ -11,7 +11,6 @@ import hashlib
 import json
 import socket
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -24,6 +23,7 @@ from tests.support.registry import make_tls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.registry import RegistryServer
 
