@@ -28,7 +28,7 @@ from fetcher.lazy_protocol import (
     decode_from_worker,
     encode,
 )
-from fetcher.lines import ConnectionLost, Malformed
+from fetcher.lines import ConnectionLost, LineTooLong, Malformed
 from fetcher.oci import Digest
 from fetcher.ranges import Range
 from fetcher.schedule import Prefetch
@@ -54,8 +54,8 @@ class LazySessions:
     async def serve(self, lines: Lines, params: AttachParams) -> None:
         """Answer the call ``attach``, and then the worker until it leaves.
 
-        Raises :class:`ModelError` for a model that is not open, before it has answered;
-        :class:`ConnectionLost` and :class:`Malformed`.
+        Raises :class:`ModelError` for a model that is not open, before it has answered, and
+        :class:`ConnectionLost`.
         """
         model = self._models.get(Digest.parse(params.model), params.selection)
         if model is None:
@@ -89,8 +89,8 @@ class _Session:
                     self.spoiled(blob, reason)
                 try:
                     while (line := await self._lines.receive()) is not None:
-                        self._take(decode_from_worker(line), nursery)
-                except (ConnectionLost, Malformed) as error:
+                        self._read(line, nursery)
+                except (ConnectionLost, LineTooLong) as error:
                     logger.warning(
                         "the worker of %s is let go: %s", self._model.digest.short, error
                     )
@@ -117,6 +117,15 @@ class _Session:
         self._say.send_nowait(Ticket(ticket))
 
     # -- what the worker asks ----------------------------------------------------------------------
+
+    def _read(self, line: bytes, nursery: trio.Nursery) -> None:
+        try:
+            message = decode_from_worker(line)
+        except Malformed as error:
+            # a worker may be of another version than the agent
+            logger.warning("the worker of %s: %s", self._model.digest.short, error)
+            return
+        self._take(message, nursery)
 
     def _take(self, message: FromWorker, nursery: trio.Nursery) -> None:
         match message:

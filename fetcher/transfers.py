@@ -152,7 +152,11 @@ class Transfers:
     def _release(self, slot: Slot) -> None:
         self._slots.remove(slot)
         self.pacing.end(slot.demand)
-        self._idle.append(slot.connection)
+        if len(self._idle) < self._connections:
+            self._idle.append(slot.connection)
+        else:
+            # there were more for a moment, as many were waited for: they keep sockets open
+            slot.connection.close()
         self._deal()
 
     def _against(self, urgency: Urgency) -> list[Slot]:
