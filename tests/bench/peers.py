@@ -19,7 +19,7 @@ from tests.bench.graph import Axis, Line, draw
 from tests.bench.models import Case, push
 from tests.support.cluster import Cluster, Model, Node, Race, cluster, publish_chunk_digests
 from tests.support.commands import wait_until
-from tests.support.networks import NODE_MBIT
+from tests.support.networks import MBIT
 from tests.support.processors import Busy
 from tests.support.registry import serve_registry
 
@@ -52,7 +52,7 @@ class Scenario:
     zones: tuple[str, ...] = ("a",)
     prepare: Callable[[Cluster, list[Node], str], list[Node]] | None = None
     """Gives the nodes that take part, when something happened to the others before."""
-    disturb: Callable[[Race, list[Node]], list[Node]] | None = None
+    disturb: Callable[[list[Node], float], list[Node]] | None = None
     """Done in the middle; gives the nodes that need not finish."""
 
 
@@ -84,11 +84,11 @@ class Failure(Exception):
     """A node did not come to the right files."""
 
 
-def run(upstream: RegistryServer, model: Model, scenario: Scenario) -> Outcome:
+def run(upstream: RegistryServer, model: Model, scenario: Scenario, mbit: float) -> Outcome:
     """One run of ``scenario`` with new nodes. Raises :class:`Failure`."""
     if scenario.lazy:
         publish_chunk_digests(upstream, model)
-    with cluster(upstream, *scenario.zones) as made:
+    with cluster(upstream, *scenario.zones, mbit=mbit) as made:
         zones = scenario.zones
         nodes = [made.add(1, zone=zones[n % len(zones)])[0] for n in range(scenario.nodes)]
         if scenario.peers:
@@ -103,7 +103,7 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario) -> Outcome:
         def disturb(race: Race) -> None:
             if scenario.disturb is not None:
                 race.wait_for(len(nodes) * model.size // 3)
-                lost.extend(scenario.disturb(race, nodes))
+                lost.extend(scenario.disturb(nodes, mbit))
                 race.wait_until_over([node for node in nodes if node not in lost])
                 for node in lost:
                     node.driver.end(signal.SIGKILL)
@@ -166,19 +166,19 @@ def _one_lies(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
     return nodes[:-1]
 
 
-def _three_die(race: Race, nodes: list[Node]) -> list[Node]:
+def _three_die(nodes: list[Node], mbit: float) -> list[Node]:
     for node in nodes[-3:]:
         node.driver.end(signal.SIGKILL)
     return nodes[-3:]
 
 
-def _one_is_silent(race: Race, nodes: list[Node]) -> list[Node]:
+def _one_is_silent(nodes: list[Node], mbit: float) -> list[Node]:
     nodes[-1].host.blackhole()
     return nodes[-1:]
 
 
-def _one_is_slow(race: Race, nodes: list[Node]) -> list[Node]:
-    nodes[-1].host.limit(NODE_MBIT / 10)
+def _one_is_slow(nodes: list[Node], mbit: float) -> list[Node]:
+    nodes[-1].host.limit(mbit / 10)
     return nodes[-1:]
 
 
@@ -252,13 +252,15 @@ def _lines(outcome: Outcome, end: float) -> Iterator[Line]:
         name = ""
 
 
-def measure(upstream: RegistryServer, model: Model, scenario: Scenario, tries: int) -> Outcome:
+def measure(
+    upstream: RegistryServer, model: Model, scenario: Scenario, mbit: float, tries: int
+) -> Outcome:
     """A run that counts; the last of several if none does."""
     for _ in range(tries - 1):
-        outcome = run(upstream, model, scenario)
+        outcome = run(upstream, model, scenario, mbit)
         if not outcome.is_void:
             return outcome
-    return run(upstream, model, scenario)
+    return run(upstream, model, scenario, mbit)
 
 
 def _case(text: str) -> Case:
@@ -274,6 +276,9 @@ def main() -> None:
         "--only", action="append", choices=[one.name for one in SCENARIOS], help="scenarios"
     )
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument(
+        "--mbit", type=float, default=MBIT, help="of each node; less on slow machines"
+    )
     parser.add_argument("--once", action="store_true", help="do not repeat runs that are void")
     parser.add_argument("--graph", type=Path, help="where to write the SVG of the first model")
     arguments = parser.parse_args()
@@ -291,7 +296,7 @@ def main() -> None:
             outcomes: list[Outcome] = []
             for _ in range(arguments.runs):
                 for scenario in scenarios if number == 0 else scenarios[:3]:
-                    outcomes.append(measure(upstream, model, scenario, tries))
+                    outcomes.append(measure(upstream, model, scenario, arguments.mbit, tries))
                     print(row(case, outcomes[-1], outcomes), flush=True)
             if arguments.graph and number == 0:
                 drawn = [one for one in outcomes if one.scenario in (ALONE, APART, TOGETHER)]

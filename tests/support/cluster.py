@@ -19,7 +19,7 @@ import grpc
 from tests.support.commands import ModelCsi, wait_until
 from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver
-from tests.support.networks import network
+from tests.support.networks import MBIT, network
 from tests.support.proxy import Proxy, running
 from tests.support.workers import end_workers
 
@@ -207,7 +207,7 @@ def publish_chunk_digests(upstream: RegistryServer, model: Model, *options: str)
 
 
 @contextlib.contextmanager
-def cluster(upstream: RegistryServer, *zones: str) -> Iterator[Cluster]:
+def cluster(upstream: RegistryServer, *zones: str, mbit: float = MBIT) -> Iterator[Cluster]:
     """A cluster without nodes; nothing of it is left after the block.
 
     ``upstream`` is a registry of the machine, which the registry in the network stands for.
@@ -215,7 +215,7 @@ def cluster(upstream: RegistryServer, *zones: str) -> Iterator[Cluster]:
     with (
         # not below pytest's own folder: the paths of sockets have to be short
         tempfile.TemporaryDirectory(prefix="peers-", ignore_cleanup_errors=True) as folder,
-        network(*zones) as (made, host),
+        network(*zones, mbit=mbit) as (made, host),
         running(host.inside(lambda: Proxy(upstream.address, host=host.address))) as registry,
     ):
         built = Cluster(made, host, registry, Path(folder), [], [])

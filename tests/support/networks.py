@@ -33,8 +33,8 @@ _QUEUE: Final = "15ms"
 _BURST: Final = "128kb"
 _ROUTER: Final = "10.77.254.1"
 _REGISTRY: Final = "10.77.254.2"
-REGISTRY_MBIT: Final = 200.0
-NODE_MBIT: Final = 100.0
+MBIT: Final = 100.0
+"""What a node's link carries each way; the registry's carries twice as much."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Host:
 class Network:
     """A registry and nodes; made by :func:`network`."""
 
-    def __init__(self, zones: tuple[str, ...], between_mbit: float | None) -> None:
+    def __init__(self, zones: tuple[str, ...], mbit: float) -> None:
         self.zones = zones
+        self.mbit = mbit
         self._prefix = f"mcsi-{os.getpid()}-{next(_NETWORKS)}"
         self._hosts: dict[str, Host] = {}
         self._namespaces: list[str] = []
         self.switch = self.namespace("switch")
-        self._between_mbit = between_mbit
 
     def namespace(self, name: str) -> str:
         return f"{self._prefix}-{name}"
@@ -126,10 +126,10 @@ class Network:
             "link set eth0 up",
             f"route add default via {_ROUTER}",
         )
-        registry.limit(REGISTRY_MBIT)
+        registry.limit(2 * self.mbit)
         return registry
 
-    def add(self, name: str, zone: str | None = None, mbit: float = NODE_MBIT) -> Host:
+    def add(self, name: str, zone: str | None = None, mbit: float | None = None) -> Host:
         """A node of ``zone``, the first one unless given."""
         number = self.zones.index(zone or self.zones[0])
         place = len(self._hosts) + 10
@@ -144,7 +144,7 @@ class Network:
             "link set eth0 up",
             f"route add default via 10.77.{number + 1}.1",
         )
-        host.limit(mbit)
+        host.limit(mbit or self.mbit)
         return host
 
     def between(self) -> Traffic:
@@ -185,9 +185,6 @@ class Network:
                 "link set between0 up",
                 "link set between1 up",
             )
-            if self._between_mbit is not None:
-                for device in ("between0", "between1"):
-                    _limit(self.switch, device, self._between_mbit)
         # the bridge of one zone must not answer for that of the other
         _set(self.switch, "net/ipv4/conf/all/arp_ignore", "1")
         _set(self.switch, "net/ipv4/ip_forward", "1")
@@ -211,12 +208,12 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(*zones: str, between_mbit: float | None = None) -> Iterator[tuple[Network, Host]]:
+def network(*zones: str, mbit: float = MBIT) -> Iterator[tuple[Network, Host]]:
     """A network with the registry's host, which is gone after the block.
 
-    One zone or two; ``between_mbit`` limits the link between them.
+    One zone or two; ``mbit`` is what the link of a node carries each way.
     """
-    made = Network(zones or ("a",), between_mbit)
+    made = Network(zones or ("a",), mbit)
     try:
         yield made, made.start()
     finally:
