@@ -179,7 +179,7 @@ class Download:
         self._failure, self._partial = None, partial
         whole = _Tries()
         if self._client is not None:
-            self._client.attend(self.wake)
+            self._client.attend(self.wake, lambda: self._schedule.has_work(partial))
         try:
             await self._fetch(partial, whole)
         finally:
@@ -251,7 +251,7 @@ class Download:
                 if piece is not None:
                     nursery.start_soon(self._fetch_piece, partial, piece, pick)
                 elif self._peers is not None and self._asks_peers:
-                    self._peers.review(idle=not self._schedule.has_work(partial))
+                    self._peers.review()
                     await self._peers.pause(self._change)
                 else:
                     await self._change()
@@ -425,8 +425,16 @@ class Download:
             return _Turn(by_base[choice.host], source, choice.whole, trusted, demand)
 
     def _source(self, *, trusted: bool) -> Source:
-        source = self._wanted.trusted_source if trusted else None
-        return source or self._wanted.source
+        if not trusted:
+            return self._wanted.source
+        source = self._wanted.trusted_source
+        if source is None:
+            raise Unavailable(
+                f"nobody asks for blob {self._blob.digest} now by the name of the model that shows "
+                "it",
+                digest=self._blob.digest,
+            )
+        return source
 
     def _is_trusted(self, turn: _Turn) -> bool:
         """Whether what comes may be shown before the whole blob is verified."""

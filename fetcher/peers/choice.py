@@ -41,9 +41,9 @@ _ELSEWHERE_SECONDS: Final = 0.5
 _UNKNOWN: Final = 0.5
 """What it costs, in requests, that a member may not have the chunk."""
 
-_LEAST_HELP: Final = 256 * 1024
-"""Bytes that are worth another request."""
-_LEAST_SECONDS: Final = 0.3
+_LEAST_HELP: Final = 512 * 1024
+"""Bytes that are worth another request, and what the first one has sent in vain by then."""
+_LEAST_SECONDS: Final = 0.5
 _MOST_PARTS: Final = 4
 """Requests that bring one chunk."""
 
@@ -321,6 +321,10 @@ class BlobChoice:
         """The member has much to do, and says who else has the chunk."""
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
         self._note(chunk, other)
+
+    def refused(self, member: Member, chunk: int, now: float) -> None:
+        """The member cannot send the chunk at the moment."""
+        self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
 
     def lacks(self, member: Member, chunk: int, now: float) -> None:
         """The member does not have the chunk, and does not fetch it."""

@@ -86,13 +86,20 @@ class PeerClient:
         self._transfer = transfer
         self._contexts = Contexts()
         self._idle: collections.OrderedDict[Connection, str] = collections.OrderedDict()
-        self._wakers: dict[Callable[[], None], None] = {}
+        self._wakers: dict[Callable[[], None], Callable[[], bool]] = {}
 
     # -- who is told when a request has ended ------------------------------------------------------
 
-    def attend(self, wake: Callable[[], None]) -> None:
-        """Have ``wake`` called whenever another request may go out."""
-        self._wakers[wake] = None
+    def attend(self, wake: Callable[[], None], has_work: Callable[[], bool]) -> None:
+        """Have ``wake`` called whenever another request may go out; ``has_work`` says whether there
+        is one that should.
+        """
+        self._wakers[wake] = has_work
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no download has anything left to ask for."""
+        return not any(has_work() for has_work in self._wakers.values())
 
     def leave(self, wake: Callable[[], None]) -> None:
         """Not any more."""

@@ -247,7 +247,8 @@ class PeerFetching:
             logger.info("%s; asking somebody else", error.message)
             self._renew = True
             choice.lacks(member, chunk, trio.current_time())
-        except NotFound:
+        except NotFound as error:
+            logger.debug("%s", error.message)
             choice.lacks(member, chunk, trio.current_time())
         except (Unavailable, InvalidRequest) as error:
             self._failed(flow, member, error, started)
@@ -279,7 +280,8 @@ class PeerFetching:
                 standings.busy(member.name, now, flow.pause)
         elif flow.status >= 500:
             # its own word: what keeps it is not that it is broken
-            choice.lacks(member, chunk, now)
+            logger.debug("%s", error.message)
+            choice.refused(member, chunk, now)
         else:
             seconds = standings.failed(member.name, now, started)
             logger.info("%s; not asked again for %.0f s", error.message, seconds)
@@ -312,7 +314,7 @@ class PeerFetching:
         with trio.move_on_after(_MOMENT):
             await change()
 
-    def review(self, *, idle: bool) -> None:
+    def review(self) -> None:
         """Leave peers that are much too slow; with nothing else to ask for, have others help."""
         now, standings = trio.current_time(), self._client.standings
         flows = list(self._works)
@@ -325,7 +327,7 @@ class PeerFetching:
                     member.name,
                 )
                 flow.scope.cancel()
-        if idle:
+        if self._client.is_idle:
             self._have_help([one for one in flows if not one.scope.cancel_called], now)
 
     def _have_help(self, flows: list[_StrandFlow], now: float) -> None:

@@ -7,12 +7,21 @@ What those behind it bring waits in memory: at most a chunk, of which no byte is
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 from fetcher.ranges import Range
 
 if TYPE_CHECKING:
     from fetcher.store.sinks import ChunkSink
+
+
+_LITTLE: Final = 32 * 1024
+_MUCH: Final = 256 * 1024
+_GATHER_SECONDS: Final = 0.02
+"""How long is waited for more where little came: a dozen slow transfers would keep a processor busy
+with a packet at a time, at each node that it is passed on to.
+"""
 
 
 class Cut(Exception):
@@ -95,6 +104,8 @@ class Strand:
                     self.rope.advance()
             if len(wanted) < len(data):
                 raise Cut
+        if len(data) < _LITTLE and len(self.remaining) > _MUCH:
+            time.sleep(_GATHER_SECONDS)
         return True
 
     def _take(self, data: memoryview) -> None:
