@@ -61,7 +61,9 @@ class _Waiter:
 class Job:
     """One blob on its way. Made by :meth:`Jobs.join`."""
 
-    def __init__(self, layer: Layer, source: Source, previous: Job | None) -> None:
+    def __init__(
+        self, layer: Layer, source: Source, previous: Job | None, trusted_name: str
+    ) -> None:
         self.layer = layer
         self.schedule = Schedule()
         self._sources = {source.reference.name: source}
@@ -87,7 +89,8 @@ class Job:
         self._listening = False
         """Whether anybody wants to know of it."""
         self._token = trio.lowlevel.current_trio_token()
-        self._trusted_name = source.reference.name
+        self.trusted_name = trusted_name
+        """The name by which bytes are trusted: a registry and a repository."""
         self.chunks = source.chunks
         """What proves single chunks; of the first who knew it before the blob was begun."""
         self._readers = 0
@@ -113,7 +116,7 @@ class Job:
     @property
     def trusted_source(self) -> Source | None:
         """The source by whose name trusted bytes come; None while it is not offered."""
-        return self._sources.get(self._trusted_name)
+        return self._sources.get(self.trusted_name)
 
     @property
     def only_name(self) -> str | None:
@@ -248,13 +251,11 @@ class Job:
         Raises :class:`InProgress` where they are shown by another name: what one registry sends
         must not be shown to who named another, before the digest has said that it is right.
         """
-        if self._readers and self._trusted_name != name:
+        if self.trusted_name != name:
             raise InProgress(
-                f"the blob {self.layer.descriptor.digest} is read as a part of "
-                f"{self._trusted_name} while it is fetched: it is shown as a part of {name} once "
-                "it is complete"
+                f"the blob {self.layer.descriptor.digest} is fetched as a part of "
+                f"{self.trusted_name}: it is shown as a part of {name} once it is complete"
             )
-        self._trusted_name = name
         self._readers += 1
         try:
             yield
@@ -265,11 +266,6 @@ class Job:
     def is_shown(self) -> bool:
         """Whether somebody may have shown bytes of it."""
         return self._readers > 0
-
-    @property
-    def trusted_name(self) -> str:
-        """The name by which bytes are trusted."""
-        return self._trusted_name
 
     async def index(self) -> None:
         """Wait until readers can know what is in a tar layer, from its headers alone.
@@ -387,6 +383,9 @@ class Jobs:
         self._settings = settings
         self._transfers = Transfers(settings.connections, settings.transfer, settings.prefetch_rate)
         self._jobs: dict[Digest, Job] = {}
+        self.names: dict[Digest, str] = {}
+        """By whose name bytes of a blob are trusted, where somebody may show them already; of other
+        blobs, by that of who asks first."""
 
     @contextlib.contextmanager
     def join(self, layer: Layer, source: Source, *, background: bool = True) -> Iterator[Job]:
@@ -399,7 +398,8 @@ class Jobs:
         digest = layer.descriptor.digest
         job = self._jobs.get(digest)
         if job is None or job.scope.cancel_called or job.finished.is_set():
-            job = Job(layer, source, previous=job)
+            name = self.names.get(digest, source.reference.name)
+            job = Job(layer, source, job, name)
             self._jobs[digest] = job
             self._nursery.start_soon(self._run, job, name=f"job {digest.short}")
         job.offer(source)
@@ -416,6 +416,10 @@ class Jobs:
         """The job that fetches a blob at the moment, if there is one."""
         job = self._jobs.get(digest)
         return None if job is None or job.scope.cancel_called else job
+
+    def current(self, digest: Digest) -> Job | None:
+        """As :meth:`running`, or one that was told to stop and has not ended yet."""
+        return self._jobs.get(digest)
 
     async def _run(self, job: Job) -> None:
         """Run one job to its end; its failures belong to its waiters, never to the nursery."""

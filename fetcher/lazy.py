@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from fetcher.credentials import Keychain
     from fetcher.jobs import Jobs
     from fetcher.layouts import Layouts
-    from fetcher.lazy_blobs import LazyBlob
-    from fetcher.modelpack import Selection
+    from fetcher.modelpack import Layer, Selection
     from fetcher.oci import Digest, Manifest
     from fetcher.proofs import Proofs
     from fetcher.registry import Registry
@@ -48,8 +47,8 @@ __all__ = ["LazyModel", "LazyModels", "LazySettings"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_SHARED: Final = 64 * 1024 * 1024
-"""Bytes of layers shared with models of other names that a volume waits for to begin."""
+_SHARED_SECONDS: Final = 10.0
+"""How long a volume waits for layers that it shares with models of other names."""
 _STRENGTHS: Final = (Prefetch.NONE, Prefetch.OPENED, Prefetch.ALL)
 
 
@@ -93,16 +92,21 @@ class LazyModels:
         """
         source = Source(resolved.reference, resolved.keychain)
         key = (resolved.model.digest, selection.key)
-        while shared := self._shared(resolved, selection):
-            await self._complete(shared, resolved)
-        known = self._models.get(key)
-        if known is None:
+        proven = False
+        while True:
+            # no checkpoint from here to where it is among the models
+            if shared := self._shared(resolved, selection):
+                await self._complete(shared, resolved)
+                continue
+            known = self._models.get(key)
+            if known is not None or proven:
+                break
             layers = selection.layers(resolved.model)
             await self._proofs.prove(resolved.reference, layers, resolved.keychain)
             if self._parts.lists is not None:
                 # before its first byte comes: what came unproven stays so
                 await self._parts.lists.find(resolved.reference, resolved.model, resolved.keychain)
-            known = self._models.get(key)
+            proven = True
         if known is None:
             plan = self._plan(resolved, selection, prefetch)
             known = self._start(plan, source, persistent=False)
@@ -161,6 +165,11 @@ class LazyModels:
     def _start(self, plan: LazyPlan, source: Source | None, *, persistent: bool) -> LazyModel:
         known = LazyModel(self._parts, plan, source)
         self._models[plan.model, plan.selection.key] = known
+        self._bind()
+        for digest in known.unverified():
+            if self._parts.jobs.current(digest) is None:
+                # what is there of it may be what another name sent, and a worker would show it
+                self._store.trust_only(digest, known.name)
         run = functools.partial(known.run, persistent=persistent)
         self._nursery.start_soon(run, name=f"lazy {plan.model.short}")
         return known
@@ -169,37 +178,72 @@ class LazyModels:
         key = (known.digest, known.selection.key)
         if self._models.get(key) is known:
             del self._models[key]
+            self._bind()
 
-    def _shared(self, resolved: Resolved, selection: Selection) -> list[LazyBlob]:
-        """The layers of which bytes may be shown at present that another name sent."""
-        wanted = selection.layers(resolved.model)
-        return [
-            blob
-            for model in self._models.values()
-            if model.name != resolved.reference.name
-            for digest, blob in model.blobs.items()
-            if digest in wanted and not blob.complete
-        ]
+    def _bind(self) -> None:
+        """Have trusted bytes be those of the names that may be shown, whoever has them fetched."""
+        self._parts.jobs.names = {
+            digest: model.name for model in self._models.values() for digest in model.unverified()
+        }
 
-    async def _complete(self, shared: list[LazyBlob], resolved: Resolved) -> None:
-        """Have layers verified that another name shows already, if that takes a moment only.
+    def _shared(self, resolved: Resolved, selection: Selection) -> list[Layer]:
+        """The layers of which there are bytes, or may be, that are trusted by another name."""
+        name = resolved.reference.name
+        others: set[Digest] = set()
+        for model in self._models.values():
+            if model.name != name:
+                others |= model.unverified()
+        found = []
+        for digest, layer in selection.layers(resolved.model).items():
+            job = self._parts.jobs.current(digest)
+            if digest in others or (job is not None and job.trusted_name != name):
+                found.append(layer)
+        return found
+
+    async def _complete(self, shared: list[Layer], resolved: Resolved) -> None:
+        """Have layers verified that another name has fetched, if that takes a moment only.
 
         Raises :class:`InProgress` else: what one name sends must not be shown as another's before.
         """
-        size = sum(blob.layer.descriptor.size for blob in shared)
-        if size <= _MOST_SHARED:
-            try:
-                for blob in shared:
-                    await blob.fill(0)
-            except ModelError as error:
-                logger.warning("%s", error.message)
-            else:
+        with trio.move_on_after(_SHARED_SECONDS):
+            if await self._ended(shared):
+                return
+        size = sum(layer.descriptor.size for layer in shared)
+        if size <= self._parts.settings.most_shared:
+            with trio.move_on_after(_SHARED_SECONDS) as waiting:
+                for layer in shared:
+                    await self._verified(layer.descriptor.digest)
+            if not waiting.cancelled_caught:
                 return
         raise InProgress(
             f"{resolved.reference} shares layers of {bytes_text(size)} with another model that is "
-            "shown while it is fetched: what one name sends is shown as another's only once it is "
-            "verified; the eager mode does not wait for that"
+            "being fetched: what one name sends is shown as another's only once it is verified; "
+            "the eager mode does not wait for that"
         )
+
+    async def _ended(self, shared: list[Layer]) -> bool:
+        """Wait for downloads that were told to stop; whether there was one."""
+        jobs = [self._parts.jobs.current(layer.descriptor.digest) for layer in shared]
+        ending = [job for job in jobs if job is not None and job.scope.cancel_called]
+        for job in ending:
+            await job.finished.wait()
+        return bool(ending)
+
+    async def _verified(self, digest: Digest) -> None:
+        """Wait for a layer that another name has fetched, or for the end of that."""
+        for model in list(self._models.values()):
+            blob = model.blobs.get(digest)
+            if blob is not None and not blob.complete:
+                try:
+                    await blob.fill(0)
+                except ModelError as error:
+                    logger.warning("%s", error.message)
+                    await trio.sleep_forever()
+        job = self._parts.jobs.current(digest)
+        if job is not None:
+            with job.whole():
+                await job.finished.wait()
+        await trio.lowlevel.checkpoint()
 
     def _plan(self, resolved: Resolved, selection: Selection, prefetch: Prefetch) -> LazyPlan:
         manifest = self._manifest(resolved)

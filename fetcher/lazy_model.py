@@ -18,7 +18,6 @@ from fetcher.oci import Reference
 from fetcher.pull import Progress
 from fetcher.schedule import Prefetch
 from fetcher.store.footprint import content_name, tree_name
-from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +48,8 @@ class LazySettings:
     """Blobs of one model that are filled at one time."""
     head_bytes: int = 4 * 1024 * 1024
     """Of a file of weights: what is fetched before the rest of any of them."""
+    most_shared: int = 64 * 1024 * 1024
+    """Bytes of layers shared with models of other names that a volume waits for to begin."""
 
 
 class Listener(Protocol):
@@ -172,6 +173,13 @@ class LazyModel:
             if str(known) == digest:
                 return blob
         raise NotFound(f"the lazy model {self.digest} has no blob {digest[:100]}")
+
+    def unverified(self) -> set[Digest]:
+        """The layers of which bytes may be shown by its name alone."""
+        if not self.ready.is_set():
+            layers = self.selection.layers(self.model)
+            return {one for one, layer in layers.items() if not self._store.has_content(layer)}
+        return {one for one, blob in self.blobs.items() if not (blob.complete or blob.ruined)}
 
     def ruins(self) -> list[tuple[Digest, str]]:
         """The layers whose bytes proved wrong, and why."""
@@ -304,11 +312,7 @@ class LazyModel:
         return Filling(self, self._store, settings.blobs, settings.head_bytes)
 
     async def _build(self) -> None:
-        store, model, selection = self._store, self.model, self.selection
-        if store.tree(model.digest, selection) is None:
-            planned = await run_stoppable(lambda _: store.plan(model, selection))
-            tree = await run_stoppable(lambda stop: store.build(model, selection, planned, stop))
-            store.add_tree(tree, model, selection)
+        await self._parts.layouts.build(self.model, self.selection)
         self.complete = True
         logger.info("the lazy model %s is complete", self.digest.short)
 

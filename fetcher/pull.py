@@ -31,7 +31,6 @@ from fetcher.proofs import Proofs
 from fetcher.resolution import Resolved, Resolver
 from fetcher.store.footprint import content_name, tree_name
 from fetcher.tasks import for_each
-from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -351,9 +350,7 @@ class Pulls:
         missing = [layer for layer in layers.values() if not store.has_content(layer)]
         pull.complete.update(layers.keys() - {layer.descriptor.digest for layer in missing})
         await self._fetch_layers(pull, missing)
-        planned = await run_stoppable(lambda _: store.plan(model, selection))
-        tree = await run_stoppable(lambda stop: store.build(model, selection, planned, stop))
-        store.add_tree(tree, model, selection)
+        tree = await self.layouts.build(model, selection)
         if self._lists is not None:
             await self._lists.keep(pull.resolved.reference, model, pull.made)
         return tree

@@ -14,6 +14,7 @@ from fetcher.errors import InProgress, ModelError
 from fetcher.modelpack import Packing
 from fetcher.store.blobs import PartialBlob
 from fetcher.store.catalog import Catalog
+from fetcher.store.chunks import trust_only
 from fetcher.store.damages import Damages
 from fetcher.store.database import Database
 from fetcher.store.disk import disk_error
@@ -160,6 +161,17 @@ class Store:
             partial.close()
             raise
         return partial
+
+    def trust_only(self, digest: Digest, name: str) -> None:
+        """Let readers trust nothing of an incomplete blob that another name than ``name`` sent.
+
+        Nobody fills it at present. Raises :class:`ModelError`.
+        """
+        path = self._chunks_path(digest)
+        try:
+            trust_only(path, name)
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def missing_bytes(self, blob: Descriptor) -> int:
         """Bytes of the blob that take new space on the disk when it is fetched."""

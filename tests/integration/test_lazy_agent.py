@@ -409,13 +409,59 @@ def test_what_one_name_sends_is_not_shown_below_another(
             await node.open(f"{registry.address}/lazy/good:v1")
         await node.models.close(evil.digest, "")
         good = await node.open(f"{registry.address}/lazy/good:v1")
-        assert node.shown(blob, 0, 8) is None or node.store.blob_path(blob).exists()
+        assert node.store.blob_path(blob).exists()
+        assert node.shown(blob, 0, 8) is None
         await good.blob(str(blob)).want(Range(0, 8))
         assert node.shown(blob, 0, 8) == data[:8]
         await good.blob(str(blob)).want(Range(0, len(data)))
         await until(lambda: good.complete)
 
+    in_lazy_node(tmp_path / "root", work, most_shared=0)
+
+
+def test_what_an_eager_pull_of_another_name_fetches_is_not_shown(
+    tmp_path: Path, registry: RegistryServer, proxy: Proxy
+) -> None:
+    builder = weights(64 * CHUNK)
+    builder.push(registry, "lazy/mine", "v1")
+    builder.push(registry, "lazy/theirs", "v1")
+    blob, data = large(builder)
+    proxy.faults = Faults(corrupt_at=7, bytes_per_second=32 * CHUNK)
+
+    async def work(node: LazyNode) -> None:
+        model = await node.open(f"{registry.address}/lazy/mine:v1")
+        theirs = Reference.parse(f"{proxy.address}/lazy/theirs:v1")
+        resolved = await node.pulls.resolve(theirs, NOBODY, PullPolicy.ALWAYS)
+        with node.pulls.join(resolved, EVERYTHING) as pull:
+            await until(lambda: pull.progress().done >= 8 * CHUNK)
+            assert node.shown(blob, 0, 8) is None
+            await model.blob(str(blob)).want(Range(0, 8))
+            assert node.shown(blob, 0, 8) == data[:8]
+            proxy.faults = Faults(corrupt_at=7)
+            await pull.wait()
+        assert node.shown(blob, 0, len(data)) == data
+        assert not problem_of(model)
+
     in_lazy_node(tmp_path / "root", work)
+
+
+def test_a_model_that_somebody_else_fetches_is_not_lazy_meanwhile(
+    tmp_path: Path, registry: RegistryServer, proxy: Proxy
+) -> None:
+    builder = weights(64 * CHUNK)
+    builder.push(registry, "lazy/late", "v1")
+    builder.push(registry, "lazy/early", "v1")
+    proxy.faults = Faults(bytes_per_second=CHUNK)
+
+    async def work(node: LazyNode) -> None:
+        theirs = Reference.parse(f"{proxy.address}/lazy/early:v1")
+        resolved = await node.pulls.resolve(theirs, NOBODY, PullPolicy.ALWAYS)
+        with node.pulls.join(resolved, EVERYTHING) as pull:
+            await until(lambda: pull.progress().done)
+            with pytest.raises(InProgress):
+                await node.open(f"{registry.address}/lazy/late:v1")
+
+    in_lazy_node(tmp_path / "root", work, most_shared=0)
 
 
 def test_small_layers_that_another_name_shows_are_completed_first(

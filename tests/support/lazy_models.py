@@ -21,7 +21,7 @@ from fetcher.schedule import Prefetch
 from fetcher.store import Limits, Store
 from fetcher.store.chunks import FRAMED, TRUSTED, read_header
 from fetcher.store.layers import load_layer
-from tests.support.stores import CHUNK, EVERYTHING, NO_FLOOR, QUICK, STILL
+from tests.support.stores import CHUNK, EVERYTHING, MIB, NO_FLOOR, QUICK, STILL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -104,6 +104,7 @@ async def lazy_node(
     registries: RegistrySettings | None = None,
     keychain: Keychain = NODE,
     with_lists: bool = False,
+    most_shared: int = 64 * MIB,
 ) -> AsyncIterator[LazyNode]:
     """An agent's parts, composed as the driver does it; leaving them is its end."""
     store = Store.open(root, chunk_size, limits)
@@ -121,7 +122,7 @@ async def lazy_node(
                 pulls.proofs,
                 keychain,
                 nursery,
-                LazySettings(head_bytes=chunk_size),
+                LazySettings(head_bytes=chunk_size, most_shared=most_shared),
                 lists,
             )
             yield LazyNode(store, registry, jobs, pulls, models)
