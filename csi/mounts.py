@@ -28,6 +28,7 @@ from fetcher.errors import AccessDenied, Conflict, InvalidRequest, ModelError, N
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 __all__ = ["Mount", "bind_read_only", "mount_at", "mount_table", "unmount"]
@@ -132,15 +133,12 @@ async def bind_over(source: Path, target: Path) -> None:
 
 
 def _bind_over(source: Path, target: Path) -> None:
-    with (
-        _folder(source, "the model's mount") as tree,
-        _folder(target, "the target", os.O_PATH) as place,
-    ):
+    with _source(source) as tree, _folder(target, "the target", os.O_PATH) as place:
         _bind_tree(tree, place, target)
 
 
 def _bind(source: Path, target: Path) -> None:
-    with _folder(source, "the model's tree") as tree, _folder(target, "the target") as place:
+    with _source(source) as tree, _folder(target, "the target") as place:
         with os.scandir(place) as entries:
             if next(entries, None) is not None:
                 raise Conflict(f"the target {target} is not empty: it stays as it is")
@@ -155,6 +153,13 @@ def _bind_tree(tree: int, place: int, target: Path) -> None:
             bind_by_mount(tree, place, target)
     except OSError as error:
         raise _mount_error(target, error) from error
+
+
+def _source(source: Path) -> AbstractContextManager[int]:
+    """What is to be shown, without opening it: a worker would first have to know all names in it,
+    and one that hangs would never answer.
+    """
+    return _folder(source, "the model's tree", os.O_PATH)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 
 from csi.mount_table import mount_at, mount_table
 from csi.served import FUSE_TYPE
+from fetcher.modelpack import Packing
 from tests.support.commands import ModelCsi, wait_until
 from tests.support.csi_client import CsiClient, Usage
 from tests.support.driver import Driver, DriverProcess
@@ -340,12 +341,39 @@ def test_a_worker_that_hangs_is_told_and_taken_down(
         assert "does not answer" in usage.message
         assert time.monotonic() - begun < 5
         assert other.is_right(well)
+        # one more that shows what nobody serves is no trouble either
+        beside = running.target("beside")
+        kubelet.publish_inline("csi-beside", beside, model.attributes(), timeout=10)
+        kubelet.unpublish("csi-beside", beside, timeout=60)
         kubelet.unpublish("csi-hung", target, timeout=60)
         assert not target.exists()
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
         assert other.is_right(well)
         kubelet.unpublish("csi-well", well)
+    assert_nothing_left(running)
+
+
+def test_archives_keep_no_volume_waiting(
+    driver: Driver, registry: RegistryServer, proxy: Proxy
+) -> None:
+    """What is in an archive is known late, and that is for those who list it to wait for."""
+    data = os.urandom(2 * MIB)
+    built = ModelBuilder().add_raw("config.json", b"{}").add_tar({"a/b": data}, Packing.TAR_GZIP)
+    reference = built.push(registry, "lazy/archive", "v1")
+    attributes = {
+        PREFIX + "reference": reference.replace(registry.address, proxy.address),
+        PREFIX + "mode": "lazy",
+    }
+    running = driver.start()
+    target = running.target("one")
+    with kubelet_of(running) as kubelet:
+        kubelet.publish_inline("csi-one", target, attributes)
+        assert proxy.counts.total < MIB
+        assert (target / "config.json").read_bytes() == b"{}"
+        proxy.faults = Faults()
+        assert (target / "a/b").read_bytes() == data
+        kubelet.unpublish("csi-one", target)
     assert_nothing_left(running)
 
 
