@@ -134,7 +134,7 @@ class _Session:
                 if scope is not None:
                     scope.cancel()
             case Opened():
-                self._open(message)
+                nursery.start_soon(self._open, message)
             case Want() | Index():
                 if message.id in self._questions or len(self._questions) >= MAX_QUESTIONS:
                     error = Unavailable("the worker asks too much at one time")
@@ -143,14 +143,21 @@ class _Session:
                 scope = self._questions[message.id] = trio.CancelScope()
                 nursery.start_soon(self._answer, message, scope)
 
-    def _open(self, message: Opened) -> None:
+    async def _open(self, message: Opened) -> None:
         if self._model.prefetch is Prefetch.NONE:
             return
         try:
-            blob = self._model.blob(message.blob)
+            blob = await self._blob(message.blob)
             blob.open(_range(blob, message.start, message.stop))
         except ModelError as error:
             logger.debug("a worker opened what is not there: %s", error.message)
+
+    async def _blob(self, digest: str) -> LazyBlob:
+        """One of the model's layers, once there is room for it: a worker is back sooner than that,
+        where the agent was started again. Raises :class:`ModelError`.
+        """
+        await self._model.ready.wait()
+        return self._model.blob(digest)
 
     async def _answer(self, message: Want | Index, scope: trio.CancelScope) -> None:
         try:
@@ -162,7 +169,7 @@ class _Session:
 
     async def _found(self, message: Want | Index) -> FromAgent:
         try:
-            blob = self._model.blob(message.blob)
+            blob = await self._blob(message.blob)
             if isinstance(message, Index):
                 complete = await blob.index()
             else:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from csi.agent import AgentServer, listening
 from fetcher import agent_protocol as protocol
@@ -31,6 +32,7 @@ from fetcher.lazy_sessions import LazySessions
 from fetcher.lines import ConnectionLost, Lines
 from fetcher.modelpack import Packing
 from fetcher.schedule import Prefetch
+from fetcher.store import Store
 from tests.support.lazy_models import in_lazy_node, until
 from tests.support.proxy import Faults, serve_proxy
 from tests.support.stores import CHUNK, weights
@@ -129,6 +131,37 @@ def test_questions_are_answered_in_any_order(tmp_path: Path, registry: RegistryS
             await until(lambda: not model.blob(raw).is_waited_for)
 
     in_lazy_node(tmp_path / "root", work)
+
+
+def test_a_worker_may_be_there_before_there_is_room(
+    tmp_path: Path, registry: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent was started again: what it went on with is known, and how much fits is not yet."""
+    builder = weights(16 * CHUNK)
+    builder.push(registry, "sessions/early", "v1")
+    [blob] = (str(layer.digest) for layer in builder.manifest().layers)
+    opened: list[LazyModel] = []
+    begun, reserve = trio.Event(), Store.reserve
+
+    async def late(*arguments: Any) -> None:
+        await begun.wait()
+        await reserve(*arguments)
+
+    async def first(node: LazyNode) -> None:
+        opened.append(await node.open(registry.reference("sessions/early", "v1")))
+
+    async def again(node: LazyNode) -> None:
+        monkeypatch.setattr(Store, "reserve", late)
+        model = await node.models.restore(opened[0].digest, "")
+        async with agent(node), worker(node) as one:
+            assert (await one.attach(model)).error is None
+            await one.say(Want(id=1, blob=blob, start=5, stop=6))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            begun.set()
+            assert await one.hear() == Here(id=1)
+
+    in_lazy_node(tmp_path / "root", first)
+    in_lazy_node(tmp_path / "root", again)
 
 
 def test_what_is_forgotten_is_not_waited_for(tmp_path: Path, registry: RegistryServer) -> None:
