@@ -53,7 +53,7 @@ class Appetite:
     """How many requests of the node may be under way."""
 
     of_one_peer: int = 2
-    of_peers: int = 16
+    of_peers: int = 12
     of_registry: int = 3
     """For chunks that this node owns."""
 

@@ -48,6 +48,8 @@ _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
 _LONGEST_PAUSE: Final = 2.0
 """Between two looks for somebody who is not busy."""
+_SHOWN_SECONDS: Final = 5.0
+"""For how long an authorization is taken to be what would be shown, without another look."""
 _RENEWED_SECONDS: Final = 10.0
 """How often an authorization that peers refused is renewed."""
 
@@ -114,6 +116,8 @@ class PeerFetching:
         self._works: dict[_StrandFlow, _Work] = {}
         self._renew_at = float("-inf")
         self._renew = False
+        self._shown: tuple[Reference, str | None] | None = None
+        self._shown_until = float("-inf")
 
     @property
     def is_on(self) -> bool:
@@ -301,11 +305,15 @@ class PeerFetching:
         logger.warning("peer %s sent wrong bytes: it is not asked for %.0f s", name, seconds)
 
     async def _authorization(self) -> tuple[Reference, str | None]:
+        """What the registry would be shown; looked up again after a while, and once refused."""
         now = trio.current_time()
         renew = self._renew and now >= self._renew_at
         if renew:
             self._renew, self._renew_at = False, now + _RENEWED_SECONDS
-        return await self._hosts.authorization(renew=renew)
+        if renew or self._shown is None or now >= self._shown_until:
+            self._shown = await self._hosts.authorization(renew=renew)
+            self._shown_until = trio.current_time() + _SHOWN_SECONDS
+        return self._shown
 
     # -- all that is under way ---------------------------------------------------------------------
 

@@ -30,6 +30,10 @@ _NEXT_BYTE_SECONDS: Final = 10.0
 _SLICE_BYTES: Final = 64 * 1024 * 1024
 _MOST_MISSES: Final = 5
 """How often in a row what was there may have just moved, as when a blob became complete."""
+_GATHER_SECONDS: Final = 0.1
+"""How long more is waited for: a thread that sends a packet costs as much as one that sends many,
+and a dozen peers wait for each.
+"""
 _SLICES_A_SECOND: Final = 20
 _LEAST_SLICE: Final = 64 * 1024
 
@@ -81,6 +85,9 @@ class Passing:
             left[0] -= sent
             served.bytes += sent
             part = Range(part.start + sent, part.stop)
+            if part and len(piece) < most:
+                # all that had arrived is on its way
+                await trio.sleep(_GATHER_SECONDS)
 
     async def _next_or_end(self, part: Range) -> Body:
         try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LITTLE: Final = 32 * 1024
 _MUCH: Final = 256 * 1024
-_GATHER_SECONDS: Final = 0.02
+_GATHER_SECONDS: Final = 0.04
 """How long is waited for more where little came: a dozen slow transfers would keep a processor busy
 with a packet at a time, at each node that it is passed on to.
 """
