@@ -60,8 +60,8 @@ _TRUSTED_FILL: Final = 1 << 30
 """The bit of a fill all of whose bytes are trusted."""
 MAX_CHUNK_BYTES: Final = _TRUSTED_FILL - 1
 
-_NAME_BYTES: Final = 32
-_NO_NAME: Final = bytes(_NAME_BYTES)
+NAME_BYTES: Final = 32
+_NO_NAME: Final = bytes(NAME_BYTES)
 
 _AFTER_POWER_LOSS: Final = bytes(
     state if state & SYNCED and not state & FRAMED else 0 for state in range(256)
@@ -77,17 +77,29 @@ class MapHeader:
     chunk_size: int
     boot: bytes
     """As :func:`boot_id`, of when it was written."""
+    form: int
+    """How the blob is laid out: the ``form`` of a :class:`fetcher.store.places.Place`."""
     verdict: int
+
+    @property
+    def name_offset(self) -> int:
+        """Where in the map it says by whose name chunks are trusted; see :func:`name_mark`."""
+        return HEADER_BYTES + -(-self.size // self.chunk_size) * (1 + _FILL.size)
 
 
 def read_header(content: bytes) -> MapHeader | None:
     """Read the header of a map, for whoever only reads it; None where it is none."""
     if len(content) < HEADER_BYTES:
         return None
-    magic, size, chunk_size, boot, _ = _HEADER.unpack_from(content)
+    magic, size, chunk_size, boot, form = _HEADER.unpack_from(content)
     if magic != _MAGIC or chunk_size < 1:
         return None
-    return MapHeader(size, chunk_size, boot, content[VERDICT_OFFSET])
+    return MapHeader(size, chunk_size, boot, form, content[VERDICT_OFFSET])
+
+
+def name_mark(name: str) -> bytes:
+    """What stands in a map for the name by which its chunks are trusted."""
+    return hashlib.sha256(name.encode()).digest()
 
 
 def boot_id() -> bytes:
@@ -132,7 +144,7 @@ class ChunkMap:
             return None
         count = -(-size // chunk_size)
         names = HEADER_BYTES + count * (1 + _FILL.size)
-        if len(content) != names + _NAME_BYTES:
+        if len(content) != names + NAME_BYTES:
             return None
         self._states = bytearray(content[HEADER_BYTES : HEADER_BYTES + count])
         self._fills = [fill for (fill,) in _FILL.iter_unpack(content[HEADER_BYTES + count : names])]
@@ -160,7 +172,7 @@ class ChunkMap:
         self._states = bytearray(self.count)
         self._fills = [0] * self.count
         self._name = _NO_NAME
-        os.pwrite(self._file, bytes(self.count * (1 + _FILL.size) + _NAME_BYTES), HEADER_BYTES)
+        os.pwrite(self._file, bytes(self.count * (1 + _FILL.size) + NAME_BYTES), HEADER_BYTES)
 
     def forget_unsynced(self) -> None:
         """Believe only chunks that are on the disk. Raises :class:`OSError`."""
@@ -211,9 +223,9 @@ class ChunkMap:
         What came by another name is trusted no longer: whoever may push there may have put
         anything below the digest. Durable, in this order. Raises :class:`OSError`.
         """
-        wanted = hashlib.sha256(name.encode()).digest()
-        if wanted == self._name:
+        if self.is_for(name):
             return
+        wanted = name_mark(name)
         with self._lock:
             self._states = bytearray(self._states.translate(_WITHOUT_TRUST))
             self._fills = [fill & ~_TRUSTED_FILL for fill in self._fills]
@@ -222,6 +234,10 @@ class ChunkMap:
         os.fsync(self._file)
         self._name = wanted
         os.pwrite(self._file, wanted, HEADER_BYTES + self.count * (1 + _FILL.size))
+
+    def is_for(self, name: str) -> bool:
+        """Whether trusted chunks are those that came by ``name``."""
+        return self._name == name_mark(name)
 
     def conclude(self, verdict: Verdict) -> None:
         """Tell whoever reads the map what became of the blob. Raises :class:`OSError`."""
@@ -260,6 +276,10 @@ class ChunkMap:
         """Whether ``chunk`` is there and its bytes may be shown."""
         return bool(self._states[chunk] & TRUSTED)
 
+    def is_any_trusted(self) -> bool:
+        """Whether any chunk is trusted."""
+        return any(state & TRUSTED for state in bytes(self._states))
+
     def is_all_trusted(self) -> bool:
         """Whether all chunks are there and trusted."""
         return all(state & TRUSTED for state in bytes(self._states))
@@ -296,26 +316,25 @@ class ChunkMap:
         os.close(self._file)
 
 
-def trust_only(path: Path, name: str) -> None:
+def trust_only(path: Path, name: str) -> bool:
     """Let no chunk be trusted in the map at ``path`` that came by another name than ``name``.
 
-    For a map that nobody has open to write. Raises :class:`OSError`.
+    For a map that nobody has open to write. Whether it was for that name. Raises :class:`OSError`.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return
+        return False
     try:
         header = read_header(os.pread(file, HEADER_BYTES, 0))
         if header is None:
-            return
-        count = -(-header.size // header.chunk_size)
-        found = os.pread(file, _NAME_BYTES, HEADER_BYTES + count * (1 + _FILL.size))
-        if found == hashlib.sha256(name.encode()).digest():
-            return
-        states = os.pread(file, count, HEADER_BYTES)
+            return False
+        if os.pread(file, NAME_BYTES, header.name_offset) == name_mark(name):
+            return True
+        states = os.pread(file, -(-header.size // header.chunk_size), HEADER_BYTES)
         if any(state & TRUSTED for state in states):
             os.pwrite(file, states.translate(_WITHOUT_TRUST), HEADER_BYTES)
             os.fsync(file)
+        return False
     finally:
         os.close(file)
