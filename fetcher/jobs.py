@@ -7,7 +7,7 @@ keeps what it has.
 
 Callers want all of the blob, or some bytes of it that they may read before the rest is there:
 :meth:`Job.want`. Whether these may be shown to anybody is another question, as nobody knows yet
-whether they are right: :meth:`Job.shown` says by whose word they are.
+whether they are right: :attr:`Job.trusted_name` says by whose word they are.
 """
 
 from __future__ import annotations
@@ -93,8 +93,6 @@ class Job:
         """The name by which bytes are trusted: a registry and a repository."""
         self.chunks = source.chunks
         """What proves single chunks; of the first who knew it before the blob was begun."""
-        self._readers = 0
-        """Who may show trusted bytes."""
         self.misread = trio.Event()
         """The blob has to begin anew: see :attr:`PartialBlob.is_misread`."""
         self._indexing = trio.Lock()
@@ -244,28 +242,17 @@ class Job:
 
     # -- what may be shown -------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def shown(self, name: str) -> Iterator[None]:
-        """Show trusted bytes inside the block: those that came by ``name``.
+    def check_name(self, name: str) -> None:
+        """Raise :class:`InProgress` where trusted bytes are not those that came by ``name``.
 
-        Raises :class:`InProgress` where they are shown by another name: what one registry sends
-        must not be shown to who named another, before the digest has said that it is right.
+        What one registry sends must not be shown to who named another, before the digest has said
+        that it is right.
         """
         if self.trusted_name != name:
             raise InProgress(
                 f"the blob {self.layer.descriptor.digest} is fetched as a part of "
                 f"{self.trusted_name}: it is shown as a part of {name} once it is complete"
             )
-        self._readers += 1
-        try:
-            yield
-        finally:
-            self._readers -= 1
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether somebody may have shown bytes of it."""
-        return self._readers > 0
 
     async def index(self) -> None:
         """Wait until readers can know what is in a tar layer, from its headers alone.
@@ -386,6 +373,8 @@ class Jobs:
         self.names: dict[Digest, str] = {}
         """By whose name bytes of a blob are trusted, where somebody may show them already; of other
         blobs, by that of who asks first."""
+        self.spoiled: Callable[[Digest, DigestMismatch], None] = lambda digest, error: None
+        """Told of such a blob whose bytes proved wrong."""
 
     @contextlib.contextmanager
     def join(self, layer: Layer, source: Source, *, background: bool = True) -> Iterator[Job]:
@@ -455,7 +444,7 @@ class Jobs:
                 with partial.watch(job.arrived):
                     job.begin(partial, download)
                     right = await self._fetch_and_verify(job, download, partial)
-                    if not right and job.is_shown and not partial.is_all_trusted:
+                    if not right and self._is_shown(partial) and not partial.is_all_trusted:
                         # what was shown is right, as far as anybody knows: who else sent some?
                         download.distrust()
                         await self._prove(job, download, partial)
@@ -465,7 +454,8 @@ class Jobs:
                     partial.conclude(Verdict.VERIFIED)
                     store.complete_blob(layer)
                     break
-                if job.is_shown and not partial.is_misread:
+                was_shown = self._is_shown(partial) and not partial.is_misread
+                if was_shown:
                     partial.conclude(Verdict.SPOILED)
             finally:
                 partial.close()
@@ -476,17 +466,24 @@ class Jobs:
                 download.distrust()
                 continue
             # what was there before may have been wrong, and another source may be right
-            if job.is_shown or not (download.distrust() or resumed):
+            if was_shown or not (download.distrust() or resumed):
                 registry = job.source.reference.registry
-                raise DigestMismatch(
+                error = DigestMismatch(
                     f"what {registry} sent for blob {digest} has another digest: the bytes were "
                     "dropped; if it happens again, the registry's copy or something between it and "
                     "this node is corrupt",
                     reference=job.source.reference,
                     digest=digest,
                 )
+                if was_shown:
+                    self.spoiled(digest, error)
+                raise error
             logger.warning("blob %s: the bytes were wrong and were dropped, fetching anew", digest)
         job.complete = True
+
+    def _is_shown(self, partial: PartialBlob) -> bool:
+        """Whether readers may have seen some of it: what they have seen stays in their memory."""
+        return partial.digest in self.names and partial.is_any_trusted
 
     async def _prove(self, job: Job, download: Download, partial: PartialBlob) -> None:
         """Replace what a source that is not trusted has sent wrong."""

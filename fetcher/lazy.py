@@ -15,13 +15,13 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fetcher.download import Source
-from fetcher.errors import InProgress, ModelError
+from fetcher.errors import DigestMismatch, InProgress, ModelError
 from fetcher.lazy_model import LazyModel, LazyParts, LazySettings
 from fetcher.lazy_plan import LazyPlan, decode_plan, encode_plan, plan_path
 from fetcher.quantities import bytes_text
@@ -74,6 +74,9 @@ class LazyModels:
         self._proofs = proofs
         self._nursery = nursery
         self._models: dict[tuple[Digest, str], LazyModel] = {}
+        self._writing = trio.Lock()
+        """Held while a plan is written."""
+        jobs.spoiled = self._spoiled
 
     def get(self, digest: Digest, selection_key: str) -> LazyModel | None:
         """One that is open."""
@@ -121,7 +124,7 @@ class LazyModels:
             return known
         stronger = max(prefetch, known.prefetch, key=_STRENGTHS.index)
         known.plan = replace(known.plan, prefetch=stronger.value)
-        await self._write_plan(known.plan)
+        await self._write_plan(known)
         await known.renew(source)
         return known
 
@@ -164,6 +167,7 @@ class LazyModels:
 
     def _start(self, plan: LazyPlan, source: Source | None, *, persistent: bool) -> LazyModel:
         known = LazyModel(self._parts, plan, source)
+        known.listeners.add(_Remembering(self, known))
         self._models[plan.model, plan.selection.key] = known
         self._bind()
         for digest in known.unverified():
@@ -263,14 +267,49 @@ class LazyModels:
             raise InProgress(f"the manifest of {resolved.reference} is not here: ask again")
         return manifest
 
-    async def _write_plan(self, plan: LazyPlan) -> None:
-        """Put a plan on the disk, unless it is there. Raises :class:`ModelError`."""
-        path = plan_path(self._store.root, plan.model, plan.selection.key)
-        content = encode_plan(plan)
+    def _spoiled(self, digest: Digest, error: DigestMismatch) -> None:
+        """The bytes of a blob proved wrong, whoever had it fetched."""
+        for model in self._models.values():
+            blob = model.blobs.get(digest)
+            if blob is not None:
+                blob.spoil(error)
+
+    def remember(self, model: LazyModel, blob: Digest, reason: str) -> None:
+        """Have the next agent know that the bytes of a blob proved wrong."""
+        model.plan = replace(model.plan, spoiled={**model.plan.spoiled, str(blob): reason})
+        self._nursery.start_soon(self._rewrite, model)
+
+    async def _rewrite(self, model: LazyModel) -> None:
         try:
-            await trio.to_thread.run_sync(_replace_file, path, content)
-        except OSError as error:
-            raise disk_error(error, path) from error
+            if self.get(model.digest, model.selection.key) is model:
+                await self._write_plan(model)
+        except ModelError as error:
+            logger.warning("the plan of %s is not up to date: %s", model.digest, error.message)
+
+    async def _write_plan(self, model: LazyModel) -> None:
+        """Put a plan on the disk, unless it is there. Raises :class:`ModelError`."""
+        async with self._writing:
+            plan = model.plan
+            path = plan_path(self._store.root, plan.model, plan.selection.key)
+            try:
+                await trio.to_thread.run_sync(_replace_file, path, encode_plan(plan))
+            except OSError as error:
+                raise disk_error(error, path) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Remembering:
+    """Keeps in a model's plan what has to last."""
+
+    models: LazyModels
+    model: LazyModel
+
+    def spoiled(self, blob: Digest, reason: str) -> None:
+        """The bytes of a blob proved wrong."""
+        self.models.remember(self.model, blob, reason)
+
+    def renewed(self, ticket: str) -> None:
+        """Secrets are not kept on the disk."""
 
 
 def _replace_file(path: Path, content: bytes) -> None:

@@ -82,6 +82,8 @@ class LazyBlob:
         self._layouts = layouts
         self._nursery = nursery
         self._job: Job | None = None
+        self._left = 0
+        """Bytes that were here when it was open last."""
         self._opened: list[Range] = []
         self._needs = 0
         self._serving = False
@@ -97,7 +99,7 @@ class LazyBlob:
         """Bytes that are here, as far as anybody looked."""
         if self.complete:
             return self.layer.descriptor.size
-        return self._job.done if self._job is not None else 0
+        return self._job.done if self._job is not None else self._left
 
     @property
     def is_refused(self) -> bool:
@@ -162,6 +164,13 @@ class LazyBlob:
             self._job_opened(self._job, wanted)
         self._serve()
 
+    def spoil(self, error: DigestMismatch) -> None:
+        """Its bytes proved wrong, whoever had them fetched, and may have been shown."""
+        if self.ruined is None and not self.complete:
+            self.ruined = error
+            self._owner.spoiled(self.layer, error.message)
+            self._changed()
+
     def tell(self) -> None:
         """Something changed that may let it be fetched: other credentials, or room."""
         self.failure = None
@@ -176,7 +185,7 @@ class LazyBlob:
                     await self._changes()
                     continue
                 try:
-                    await work(job)
+                    await (work if self._is_alike(job) else _complete)(job)
                 except ModelError as error:
                     if not await self._is_over(job, error):
                         raise
@@ -185,6 +194,10 @@ class LazyBlob:
                     if not job.complete:
                         return
                     await self._ends(job)
+
+    def _is_alike(self, job: Job) -> bool:
+        """Whether the blob is fetched into the form that readers of this layer know."""
+        return job.layer.packing is self.layer.packing
 
     def _check(self, patient: bool) -> None:
         """Raise what keeps the blob from coming, if nobody should wait for it."""
@@ -273,9 +286,10 @@ class LazyBlob:
         name = source.reference.name
         with (
             self._jobs.join(self.layer, source, background=False) as job,
-            job.shown(name) if self._is_read_early else contextlib.nullcontext(),
             contextlib.ExitStack() as self._stack,
         ):
+            if self._is_read_early:
+                job.check_name(name)
             self._job = job
             for wanted in self._opened:
                 self._job_opened(job, wanted)
@@ -290,7 +304,7 @@ class LazyBlob:
                     await self._layouts.lay_out(self.layer)
                     self._completed()
             finally:
-                self._job = None
+                self._job, self._left = None, job.done
                 self._changed()
 
     @property
@@ -305,7 +319,7 @@ class LazyBlob:
         scope.cancel()
 
     def _job_opened(self, job: Job, wanted: Range) -> None:
-        if self._is_read_early:
+        if self._is_read_early and self._is_alike(job):
             self._stack.enter_context(job.opened(wanted))
 
     def _completed(self) -> None:
@@ -317,8 +331,7 @@ class LazyBlob:
         """Note why a try failed, and wait for the next one."""
         digest = self.layer.descriptor.digest
         if isinstance(error, DigestMismatch):
-            self.ruined = error
-            self._owner.spoiled(self.layer, error.message)
+            self.spoil(error)
             return
         if isinstance(error, InvalidArtifact):
             self.ruined = error

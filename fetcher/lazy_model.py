@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from fetcher.download import Source
-from fetcher.errors import ModelError, NotFound
+from fetcher.errors import DigestMismatch, ModelError, NotFound
 from fetcher.lazy_blobs import LazyBlob
 from fetcher.lazy_filling import Filling
 from fetcher.lazy_plan import LazyPlan, mountpoint
 from fetcher.lazy_tickets import read_ticket, write_ticket
-from fetcher.oci import Reference
+from fetcher.modelpack import Packing
+from fetcher.oci import Digest, Reference
 from fetcher.pull import Progress
 from fetcher.schedule import Prefetch
 from fetcher.store.footprint import content_name, tree_name
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from fetcher.jobs import Jobs
     from fetcher.layouts import Layouts
     from fetcher.modelpack import Layer
-    from fetcher.oci import Digest
     from fetcher.registry import Registry
     from fetcher.store import Store
 
@@ -115,7 +115,7 @@ class LazyModel:
         """Set when one more layer is complete."""
         self._recalled = source is None
         """The source is a guess: nobody named it since the agent began."""
-        self._spoiled: dict[Digest, str] = {}
+        self._spoiled = {Digest.parse(one): why for one, why in plan.spoiled.items()}
 
     @property
     def digest(self) -> Digest:
@@ -176,10 +176,14 @@ class LazyModel:
 
     def unverified(self) -> set[Digest]:
         """The layers of which bytes may be shown by its name alone."""
+        early = {
+            digest: layer
+            for digest, layer in self.selection.layers(self.model).items()
+            if layer.packing in (Packing.RAW, Packing.TAR)
+        }
         if not self.ready.is_set():
-            layers = self.selection.layers(self.model)
-            return {one for one, layer in layers.items() if not self._store.has_content(layer)}
-        return {one for one, blob in self.blobs.items() if not (blob.complete or blob.ruined)}
+            return {one for one, layer in early.items() if not self._store.has_content(layer)}
+        return {one for one in early.keys() & self.blobs.keys() if not self.blobs[one].complete}
 
     def ruins(self) -> list[tuple[Digest, str]]:
         """The layers whose bytes proved wrong, and why."""
@@ -212,7 +216,12 @@ class LazyModel:
             blob.tell()
 
     async def renew(self, source: Source) -> None:
-        """Go on with these credentials, and let the worker remember them."""
+        """Go on with these credentials, and let the worker remember them.
+
+        Not with those for another name, once all is there that needs them.
+        """
+        if source.reference.name != self.name:
+            return
         self.source, self._recalled = self._with_chunks(source), False
         for layer in self.selection.layers(self.model).values():
             job = self._parts.jobs.running(layer.descriptor.digest)
@@ -249,11 +258,8 @@ class LazyModel:
                 async with trio.open_nursery() as nursery:
                     with store.held(self.model, self.selection):
                         await self._reserve(persistent=persistent)
-                        for digest, layer in layers.items():
-                            parts = self._parts
-                            self.blobs[digest] = LazyBlob(
-                                layer, self, store, parts.jobs, parts.layouts, nursery
-                            )
+                        for layer in layers.values():
+                            self._add(layer, nursery)
                         self.ready.set()
                         await self._complete()
                     await self._settle()
@@ -267,6 +273,13 @@ class LazyModel:
             self.ready.set()
             self.finished.set()
             store.garbage.ask()
+
+    def _add(self, layer: Layer, nursery: trio.Nursery) -> None:
+        parts, digest = self._parts, layer.descriptor.digest
+        blob = LazyBlob(layer, self, parts.store, parts.jobs, parts.layouts, nursery)
+        if digest in self._spoiled:
+            blob.ruined = DigestMismatch(self._spoiled[digest])
+        self.blobs[digest] = blob
 
     async def _reserve(self, *, persistent: bool) -> None:
         name = self.plan.reference or str(self.digest)

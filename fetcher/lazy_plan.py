@@ -19,6 +19,7 @@ from fetcher.modelpack import Selection, read_model
 from fetcher.oci import Digest, Manifest, parse_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from fetcher.modelpack import Model
@@ -44,6 +45,8 @@ class LazyPlan:
     """The word of the volume attribute."""
     reference: str = ""
     """By which it is fetched, with the digest: what its volumes name it."""
+    spoiled: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Why blobs are not shown any more, whose bytes proved wrong after they had been."""
 
     @property
     def selection(self) -> Selection:
@@ -67,6 +70,7 @@ class _Document(msgspec.Struct):
     exclude_patterns: tuple[str, ...] = ()
     prefetch: str = ""
     reference: str = ""
+    spoiled: dict[str, str] = {}
 
 
 def mountpoint(root: Path, model: Digest, selection: str) -> Path:
@@ -99,6 +103,7 @@ def encode_plan(plan: LazyPlan) -> bytes:
             plan.exclude_patterns,
             plan.prefetch,
             plan.reference,
+            dict(plan.spoiled),
         )
     )
 
@@ -122,7 +127,10 @@ def decode_plan(content: bytes) -> LazyPlan:
             document.exclude_patterns,
             document.prefetch,
             document.reference,
+            document.spoiled,
         )
+        for digest in plan.spoiled:
+            Digest.parse(digest)
         # patterns that are none are found here, not where the tree is made
         Selection(plan.exclude_weights, plan.exclude_patterns)
     except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error, ValueError) as error:

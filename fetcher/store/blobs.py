@@ -134,6 +134,9 @@ class PartialBlob:
         Raises :class:`ModelError`.
         """
         with self._map_errors():
+            if not self._chunks.is_for(name):
+                # before the name: what is listed was read from what the other one sent
+                self._place.forget_index()
             self._chunks.trust(name)
         self._trusted_name = name
 
@@ -382,6 +385,11 @@ class PartialBlob:
     def is_trusted(self, chunk: int) -> bool:
         """Whether ``chunk`` is there and may be shown before the whole blob was verified."""
         return self._chunks.is_trusted(chunk)
+
+    @property
+    def is_any_trusted(self) -> bool:
+        """Whether some of it may be shown."""
+        return self._chunks.is_any_trusted()
 
     @property
     def is_all_trusted(self) -> bool:

@@ -109,6 +109,9 @@ class Place(Protocol):
         Raises :class:`fetcher.errors.InvalidArtifact`.
         """
 
+    def forget_index(self) -> None:
+        """What was written down of an archive may be wrong: nobody is to read it."""
+
     def sync(self) -> None:
         """Put what was written so far on the disk."""
 
@@ -165,6 +168,9 @@ class WholeFile:
         return []
 
     def write_index(self) -> None:
+        """A file is no archive."""
+
+    def forget_index(self) -> None:
         """A file is no archive."""
 
     def sync(self) -> None:
@@ -352,6 +358,12 @@ class TarFiles:
             if not self._finished:
                 self._grow(len(index) + _BLOCK)
                 self._write_index(index)
+
+    def forget_index(self) -> None:
+        with self._indexing:
+            if not self._finished:
+                (self._parts / INDEX).unlink(missing_ok=True)
+                sync_folder(self._parts)
 
     def _write_index(self, index: bytes) -> None:
         scratch = self._parts / _NEW_INDEX

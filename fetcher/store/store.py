@@ -22,7 +22,7 @@ from fetcher.store.footprint import BLOBS, MODELS, TRASH, content_name, tree_nam
 from fetcher.store.garbage import Garbage
 from fetcher.store.holdings import Holdings
 from fetcher.store.integrity import Wanted, blob_problem, heal_tree, layer_problem
-from fetcher.store.layers import FRAME, load_layer, unpack_layer
+from fetcher.store.layers import FRAME, INDEX, load_layer, unpack_layer
 from fetcher.store.lists import ListRecords
 from fetcher.store.orphans import Orphans
 from fetcher.store.places import TarFiles, WholeFile
@@ -169,7 +169,9 @@ class Store:
         """
         path = self._chunks_path(digest)
         try:
-            trust_only(path, name)
+            if not trust_only(path, name):
+                # of the headers that the other one sent
+                (self._parts_path(digest) / INDEX).unlink(missing_ok=True)
         except OSError as error:
             raise disk_error(error, path) from error
 
