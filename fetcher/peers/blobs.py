@@ -119,12 +119,10 @@ class Blobs:
 
     def _find(self, digest: Digest) -> Body | None:
         """What is here of a blob."""
-        stored = self._stored.find(digest)
-        if stored is not None:
-            return stored
         job = self._jobs.running(digest)
-        if job is None or job.partial is None:
-            return None
+        if job is None or job.partial is None or job.complete:
+            # the records are asked only where nothing is on its way: this is looked at all the time
+            return self._stored.find(digest)
         # an archive lies in the files that it holds; everything else in one file, as it is
         whole = job.layer.packing is not Packing.TAR
         return ArrivingBody(job.partial, self._store.blob_path(digest) if whole else None)

@@ -53,9 +53,10 @@ class Appetite:
     """How many requests of the node may be under way."""
 
     of_one_peer: int = 2
-    of_peers: int = 12
-    of_registry: int = 3
-    """For chunks that this node owns."""
+    of_peers: int = 8
+    """To all of them together. More would fill a link no better, and share its queue."""
+    of_registry: int = 2
+    """For chunks that this node owns, or that no peer has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,12 @@ class Flow:
     """Bytes that it has brought."""
     left: int = 0
     """Bytes that it is still to bring."""
+
+    looked_at: float = 0.0
+    """When it was judged last, and what it had brought by then."""
+    got_then: int = 0
+    doubts: int = 0
+    """How often in a row it was found to be much too slow."""
 
     def look(self) -> None:
         """Bring the figures up to date."""

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
+_JUDGED_SECONDS: Final = 1.5
+_MOST_DOUBTS: Final = 2
 _LONGEST_PAUSE: Final = 2.0
 """Between two looks for somebody who is not busy."""
 _SHOWN_SECONDS: Final = 5.0
@@ -329,14 +331,25 @@ class PeerFetching:
         for flow in flows:
             flow.look()
             member = flow.pick.member
-            if member is not None and standings.judge(member.name, flow.got, now - flow.since, now):
+            if member is not None and self._is_too_slow(flow, member, now):
                 logger.info(
                     "peer %s is much slower than others: what it was to send comes from elsewhere",
                     member.name,
                 )
+                standings.slow(member.name, now)
                 flow.scope.cancel()
         if self._client.is_idle:
             self._have_help([one for one in flows if not one.scope.cancel_called], now)
+
+    def _is_too_slow(self, flow: _StrandFlow, member: Member, now: float) -> bool:
+        """Whether it has been so for some time; what it may have to wait for itself excuses it."""
+        since = max(flow.looked_at, flow.since)
+        if now - since < _JUDGED_SECONDS:
+            return False
+        dull = self._client.standings.is_dull(member.name, flow.got - flow.got_then, now - since)
+        flow.doubts = flow.doubts + 1 if dull else 0
+        flow.looked_at, flow.got_then = now, flow.got
+        return flow.doubts >= _MOST_DOUBTS
 
     def _have_help(self, flows: list[_StrandFlow], now: float) -> None:
         found = self._chosen.help(flows, now)

@@ -30,9 +30,11 @@ _NEXT_BYTE_SECONDS: Final = 10.0
 _SLICE_BYTES: Final = 64 * 1024 * 1024
 _MOST_MISSES: Final = 5
 """How often in a row what was there may have just moved, as when a blob became complete."""
-_GATHER_SECONDS: Final = 0.1
-"""How long more is waited for: a thread that sends a packet costs as much as one that sends many,
-and a dozen peers wait for each.
+_GATHERED_BYTES: Final = 64 * 1024
+_LEAST_PAUSE: Final = 0.02
+_LONGEST_PAUSE: Final = 0.25
+"""How long more is waited for, until so much has come: a thread that sends a packet costs as much
+as one that sends many, and a dozen peers wait for each.
 """
 _SLICES_A_SECOND: Final = 20
 _LEAST_SLICE: Final = 64 * 1024
@@ -71,7 +73,7 @@ class Passing:
 
         Raises :class:`BytesMissing` where it does not arrive, and what ends a connection.
         """
-        part, rate, misses = self._part, uploads.rate, 0
+        part, rate, misses, pause = self._part, uploads.rate, 0, _LEAST_PAUSE
         most = max(rate // _SLICES_A_SECOND, _LEAST_SLICE) if rate else _SLICE_BYTES
         while part:
             body = await self._next_or_end(part)
@@ -87,7 +89,9 @@ class Passing:
             part = Range(part.start + sent, part.stop)
             if part and len(piece) < most:
                 # all that had arrived is on its way
-                await trio.sleep(_GATHER_SECONDS)
+                pause = min(pause * 2, _LONGEST_PAUSE) if sent < _GATHERED_BYTES else pause / 2
+                pause = max(pause, _LEAST_PAUSE)
+                await trio.sleep(pause)
 
     async def _next_or_end(self, part: Range) -> Body:
         try:
@@ -104,6 +108,8 @@ class Passing:
                 return body
             with trio.CancelScope() as self._waiting:
                 await self._news()
+            # what comes of the other chunks is news, too
+            await trio.sleep(_LEAST_PAUSE)
 
     async def _news(self) -> None:
         """Wait until there may be more; raises why nothing more will arrive, if that is so."""

@@ -23,8 +23,6 @@ _LONGEST_BUSY: Final = 30.0
 _DEFAULT_BUSY: Final = 1.0
 _SLOW_REST: Final = 15.0
 _MUCH_SLOWER: Final = 6.0
-_LEAST_JUDGED: Final = 3.0
-"""Seconds of a transfer from which on its speed says something."""
 _NEWEST: Final = 0.3
 """The part that the newest measurement has in what is believed."""
 _MAX_PEERS: Final = 20_000
@@ -139,23 +137,19 @@ class Standings:
         capacity = speed * max(one.load, one.under_way, 1)
         one.capacity = _blend(one.capacity or capacity, capacity)
 
-    def judge(self, name: str, got: int, seconds: float, now: float) -> bool:
-        """Whether a transfer under way shows a peer that is much slower than others.
-
-        Such a peer is passed over for a while, longer each time.
-        """
-        if seconds < _LEAST_JUDGED:
-            return False
+    def is_dull(self, name: str, got: int, seconds: float) -> bool:
+        """Whether a transfer that brought so much shows a peer that is much slower than others."""
         one = self.of(name)
         capacity = got / seconds * max(one.load, one.under_way, 1)
-        if capacity * _MUCH_SLOWER >= self._usual():
-            return False
+        return capacity * _MUCH_SLOWER < self._usual()
+
+    def slow(self, name: str, now: float) -> None:
+        """It was much slower than others for some time: it is passed over, longer each time."""
+        one = self.of(name)
         if now >= one.slow_until:
             one.slow_times += 1
             self.counts["slow"] += 1
             one.slow_until = now + _SLOW_REST * 2.0 ** min(one.slow_times - 1, 4)
-        one.capacity = min(one.capacity or capacity, capacity)
-        return True
 
     def _usual(self) -> float:
         """What a source is expected to send, in bytes per second; 0 while that is not known."""

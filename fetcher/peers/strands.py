@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _LITTLE: Final = 32 * 1024
 _MUCH: Final = 256 * 1024
-_GATHER_SECONDS: Final = 0.04
+_LEAST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.16
 """How long is waited for more where little came: a dozen slow transfers would keep a processor busy
 with a packet at a time, at each node that it is passed on to.
 """
@@ -80,6 +81,7 @@ class Strand:
         self.trusted = False
         """As of :class:`ChunkSink`; of the bytes that come next."""
         self.sender = ""
+        self._pause = _LEAST_PAUSE
 
     @property
     def remaining(self) -> Range:
@@ -104,8 +106,11 @@ class Strand:
                     self.rope.advance()
             if len(wanted) < len(data):
                 raise Cut
-        if len(data) < _LITTLE and len(self.remaining) > _MUCH:
-            time.sleep(_GATHER_SECONDS)
+        if len(data) >= _LITTLE:
+            self._pause = max(self._pause / 2, _LEAST_PAUSE)
+        elif len(self.remaining) > _MUCH:
+            time.sleep(self._pause)
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         return True
 
     def _take(self, data: memoryview) -> None:
