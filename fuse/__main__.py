@@ -25,7 +25,7 @@ from fetcher import logs
 from fetcher.errors import InvalidArtifact, ModelError
 from fetcher.lazy_plan import decode_plan, lock_path, mountpoint, plan_path
 from fetcher.lazy_protocol import AttachParams
-from fetcher.oci import Digest
+from fetcher.oci import Digest, Reference
 from fuse import session
 from fuse.filesystem import FileSystem
 from fuse.mountpoint import Mounted, is_mounted, locked, mounted, tune
@@ -98,12 +98,15 @@ def _work(arguments: argparse.Namespace, ready: _Ready) -> int:
     manifest = plan.read_model()
     params = AttachParams(model=str(model), selection=key, pid=os.getpid())
     inodes = Inodes(manifest, plan.selection)
-    files = FileSystem(root, params, manifest, inodes, arguments.read_timeout)
+    registry = Reference.parse(plan.reference).name if plan.reference else ""
+    files = FileSystem(root, params, manifest, inodes, arguments.read_timeout, registry)
     _take_descriptors()
     with (
         locked(lock_path(root, model, key)),
         mounted(mountpoint(root, model, key)) as (device, mount),
     ):
+        # it holds on to no folder of whoever started it
+        os.chdir("/")
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
         gc.freeze()

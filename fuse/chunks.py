@@ -19,14 +19,17 @@ from fetcher.ranges import Range
 from fetcher.store.chunks import (
     FRAMED,
     HEADER_BYTES,
+    NAME_BYTES,
     THERE,
     TRUSTED,
     MapHeader,
     Verdict,
     boot_id,
+    name_mark,
     read_header,
 )
 from fetcher.store.layers import load_index
+from fetcher.store.places import TarFiles, WholeFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,9 +84,16 @@ class StoreFile:
 class Blob:
     """The blob of a layer, as it is in the store, while files of it are open."""
 
-    def __init__(self, folder: Path, layer: Layer, spoiled: Callable[[Blob, str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layer: Layer,
+        spoiled: Callable[[Blob, str], None],
+        registry: str = "",
+    ) -> None:
         """``folder`` holds the blobs of its algorithm. ``spoiled`` is told when its bytes proved
-        wrong.
+        wrong. ``registry`` is the name, with the repository, that the model has: what is trusted by
+        another one may be anything.
         """
         digest = layer.descriptor.digest
         self.layer = layer
@@ -102,6 +112,8 @@ class Blob:
         self._files = folder / f"{digest.hex}.files"
         self._map: StoreFile | None = None
         self._boot = boot_id()
+        self._mark = name_mark(registry)
+        self._form = TarFiles.form if layer.packing is Packing.TAR else WholeFile.form
         self._shown = False
         self._users = 0
         self._spoiled = spoiled
@@ -188,6 +200,8 @@ class Blob:
             states = self._states(*_chunks(piece.range, header.chunk_size))
             if any(state & (_SHOWN | FRAMED) != expected for state in states):
                 raise Changed
+        # by now the map may be another name's, and the states with it
+        self._believed()
 
     def look(self) -> MapHeader | None:
         """See what there is of the blob; the header of its map, if that can be believed.
@@ -253,13 +267,18 @@ class Blob:
         return header
 
     def _header(self) -> MapHeader | None:
-        """What the open map says; None if it does not tell of this blob, or not of this boot."""
-        if self._map is None:
+        """What the open map says; None where it is not to be believed."""
+        return None if self._map is None else self._read_header(self._map)
+
+    def _read_header(self, chunk_map: StoreFile) -> MapHeader | None:
+        """None where a map does not tell of this blob, as this layer has it, or not of this boot,
+        or by the word of another name.
+        """
+        header = read_header(os.pread(chunk_map.descriptor, HEADER_BYTES, 0))
+        if header is None or (header.size, header.form) != (self.size, self._form):
             return None
-        header = read_header(os.pread(self._map.descriptor, HEADER_BYTES, 0))
-        if header is None or header.size != self.size or header.boot != self._boot:
-            return None
-        return header
+        mark = os.pread(chunk_map.descriptor, NAME_BYTES, header.name_offset)
+        return header if (header.boot, mark) == (self._boot, self._mark) else None
 
     def _states(self, first: int, last: int) -> bytes:
         """The states of the chunks from ``first`` up to, not including, ``last``."""
@@ -287,12 +306,27 @@ class Blob:
 
         Raises :class:`Changed` if it does not know yet, and :class:`OSError`.
         """
-        for folder in (self._files, self._parts):
-            try:
-                return load_index(folder)
-            except FileNotFoundError:
-                continue
-        raise Changed
+        try:
+            return load_index(self._files)
+        except FileNotFoundError:
+            # what another name's registry made up is gone before the map is of this one
+            self._check_name()
+        try:
+            return load_index(self._parts)
+        except FileNotFoundError:
+            raise Changed from None
+
+    def _check_name(self) -> None:
+        """Raise :class:`Changed` unless the map may be believed. From any thread."""
+        try:
+            chunk_map = StoreFile(self._map_path)
+        except FileNotFoundError:
+            raise Changed from None
+        try:
+            if self._read_header(chunk_map) is None:
+                raise Changed
+        finally:
+            chunk_map.close()
 
 
 def _chunks(wanted: Range, step: int) -> tuple[int, int]:

@@ -91,8 +91,11 @@ class FileSystem:
         model: Model,
         inodes: Inodes,
         read_timeout: float,
+        registry: str = "",
     ) -> None:
-        """``root`` is that of the store; ``params`` say who the worker is. Seconds."""
+        """``root`` is that of the store; ``params`` say who the worker is. Seconds. ``registry`` is
+        the name, with the repository, by which the model is fetched.
+        """
         self.agent = Agent(root, params, self._heard_spoiled, self._look_again)
         self._inodes = inodes
         self._read_timeout = read_timeout
@@ -100,7 +103,10 @@ class FileSystem:
         self._droppings = Droppings()
         self._blobs = {
             str(layer.descriptor.digest): Blob(
-                root / "blobs" / layer.descriptor.digest.algorithm, layer, self._spoiled
+                root / "blobs" / layer.descriptor.digest.algorithm,
+                layer,
+                self._spoiled,
+                registry,
             )
             for layer in model.layers
         }

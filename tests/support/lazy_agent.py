@@ -226,6 +226,7 @@ class SmallAgent:
                 self._blobs[name] = PartialBlob(
                     place, chunks, descriptor.digest, descriptor.size, self._chunk
                 )
+                self._blobs[name].trust("")
             return self._blobs[name]
 
     def _path(self, name: str) -> Path:

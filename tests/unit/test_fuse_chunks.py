@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fetcher.errors import DigestMismatch
-from fetcher.modelpack import Packing, read_model
+from fetcher.modelpack import Kind, Packing, layer_type, read_model
 from fetcher.oci import Digest
 from fetcher.ranges import Range
 from fetcher.store import chunks as chunks_module
 from fuse.chunks import Blob, Changed
 from tests.support.lazy_agent import CHUNK, SmallAgent
-from tests.support.models import ModelBuilder
+from tests.support.models import ModelBuilder, tar_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +73,33 @@ def test_what_is_not_trusted_is_missing(raw: Scene) -> None:
     assert raw.blob.missing(Range(0, 2 * CHUNK)) == Range(CHUNK, 2 * CHUNK)
 
 
+def test_what_another_name_trusts_is_not_shown(raw: Scene) -> None:
+    raw.fill(0, 4)
+    pieces = raw.blob.pieces(Range(0, CHUNK))
+    assert raw.blob.missing(Range(0, CHUNK)) is None
+    other = Blob(raw.path.parent, raw.layer, lambda *_: None, "registry/other")
+    other.use()
+    assert other.missing(Range(0, CHUNK)) is not None
+    raw.agent.blob(raw.name).trust("registry/other")
+    raw.fill(0, 4)
+    # in the middle of a read
+    with pytest.raises(Changed):
+        raw.blob.check(pieces)
+    assert raw.blob.missing(Range(0, CHUNK)) is not None
+    assert other.missing(Range(0, CHUNK)) is None
+
+
+def test_a_file_of_which_another_model_makes_a_tar_is_not_shown_with_holes(tmp_path: Path) -> None:
+    archive = tar_files({"x": os.urandom(4 * CHUNK), "y": os.urandom(CHUNK)})
+    as_tar = ModelBuilder().add_layer(layer_type(Kind.WEIGHT, Packing.TAR), archive)
+    tar = Scene(tmp_path, as_tar, archive)
+    file = Scene(tmp_path, ModelBuilder().add_raw("x.tar", archive), archive)
+    tar.agent.open_archive(tar.name)
+    tar.fill(0, 4)
+    assert tar.blob.missing(Range(CHUNK, CHUNK + 1)) is None
+    assert file.blob.missing(Range(CHUNK, CHUNK + 1)) is not None
+
+
 def test_a_verified_blob_is_complete_for_who_watched_it_and_for_who_comes_later(
     raw: Scene,
 ) -> None:
@@ -120,7 +147,8 @@ def test_a_map_that_becomes_shorter_takes_its_chunks_with_it(raw: Scene) -> None
     raw.fill(0, 10)
     assert raw.blob.missing(raw.whole) is None
     os.truncate(raw.path.with_name(f"{raw.path.name}.chunks"), 66)
-    assert raw.blob.missing(raw.whole) == Range(2 * CHUNK, SIZE)
+    # with the name by which chunks are trusted
+    assert raw.blob.missing(raw.whole) == raw.whole
 
 
 def test_once_shown_a_spoiled_blob_is_spoiled_for_ever(raw: Scene) -> None:
@@ -175,6 +203,14 @@ def tar(tmp_path: Path) -> Scene:
     builder.add_tar({"one": os.urandom(3 * CHUNK), "two": os.urandom(5 * CHUNK)}, Packing.TAR)
     data = next(data for data in builder.blobs.values() if len(data) > CHUNK)
     return Scene(tmp_path, builder, data)
+
+
+def test_an_index_that_another_name_left_is_not_believed(tar: Scene) -> None:
+    tar.agent.open_archive(tar.name)
+    assert [entry.path for entry, _ in tar.blob.load()]
+    other = Blob(tar.path.parent, tar.layer, lambda *_: None, "registry/other")
+    with pytest.raises(Changed):
+        other.load()
 
 
 def test_chunks_wait_in_the_frame_until_their_place_is_known(tar: Scene) -> None:
