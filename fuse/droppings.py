@@ -131,7 +131,11 @@ class Droppings:
     def read(self, file: Identity, descriptor: int, part: Range) -> None:
         """Tell of bytes that were read of a file, which the descriptor leads to."""
         if file not in self._files:
-            self._files[file] = os.dup(descriptor)
+            try:
+                self._files[file] = os.dup(descriptor)
+            except OSError:
+                # the reader has his bytes: pages that stay are no reason to fail him
+                return
             self._wake.set()
         if self._behind.read(file, part, self._clock()):
             self._wake.set()

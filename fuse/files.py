@@ -109,8 +109,9 @@ class OpenFile:
         buffer = await self._buffers.take()
         view = buffer[: len(wanted)]
         try:
+            generation = self._blob.generation
             pieces = self._blob.pieces(self._in_blob(wanted)) if self._has_places else []
-            await self._fill(view, wanted, pieces)
+            await self._fill_of(generation, view, wanted, pieces)
             self._blob.check(pieces)
         except trio.Cancelled:
             # a thread may be in the middle of writing to it
@@ -121,6 +122,22 @@ class OpenFile:
             raise
         self._buffers.give(buffer)
         return view
+
+    async def _fill_of(
+        self, generation: int, view: memoryview, wanted: Range, pieces: list[Piece]
+    ) -> None:
+        """As :meth:`_fill`, from the files that the blob had then.
+
+        Raises :class:`Changed` where they were closed meanwhile: what was read may be another's.
+        """
+        try:
+            await self._fill(view, wanted, pieces)
+        except OSError:
+            if self._blob.generation != generation:
+                raise Changed from None
+            raise
+        if self._blob.generation != generation:
+            raise Changed
 
     @property
     def _has_places(self) -> bool:

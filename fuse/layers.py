@@ -52,13 +52,14 @@ class OpenLayer:
             await self._wanted.wait()
             self._problem = await self._open()
             ended, self._ended = self._ended, trio.Event()
+            # who asks from now on asks for the next try
+            self._wanted = trio.Event()
             ended.set()
             if self._problem is None:
                 # whoever comes later does not wait
                 return
             logger.warning("the layer %s cannot be shown: %s", self._blob.name, self._problem)
             await trio.sleep(_PAUSE)
-            self._wanted = trio.Event()
 
     async def _open(self) -> ModelError | None:
         while True:

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,8 @@ TYPE: Final = "fuse.model-csi"
 MAX_READ: Final = 1024 * 1024
 READ_AHEAD_KB: Final = 4096
 """Measured best: the kernel then asks for :data:`MAX_READ` at a time, several at once."""
+
+_LOOK_SECONDS: Final = 1.0
 
 _MS_RDONLY: Final = 1
 _MS_NOSUID: Final = 2
@@ -62,15 +65,26 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InProgress(f"another worker holds {path}") from error
+        _lock(file, path)
         os.ftruncate(file, 0)
         os.pwrite(file, msgspec.json.encode(_Holder(os.getpid(), _started())), 0)
         yield
     finally:
         os.close(file)
+
+
+def _lock(file: int, path: Path) -> None:
+    """Take the lock. Who only looks whether it is held has it for a moment, too."""
+    deadline = time.monotonic() + _LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise InProgress(f"another worker holds {path}") from error
+            time.sleep(_LOOK_SECONDS / 50)
+        else:
+            return
 
 
 def _started() -> int:
