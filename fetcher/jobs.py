@@ -4,27 +4,20 @@ A job belongs to the nursery of :class:`Jobs`; callers only wait for it. It has 
 the blob fetched (:mod:`fetcher.schedule`, :mod:`fetcher.download`) while a thread hashes what has
 arrived, and makes the blob complete once the digest is right. Its last waiter gone, it stops and
 keeps what it has.
-
-Callers want all of the blob, or some bytes of it that they may read before the rest is there:
-:meth:`Job.want`. Whether these may be shown to anybody is another question, as nobody knows yet
-whether they are right: :attr:`Job.trusted_name` says by whose word they are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fetcher.download import Download, DownloadSettings, Source
-from fetcher.errors import DigestMismatch, InProgress, ModelError
+from fetcher.errors import DigestMismatch, ModelError
+from fetcher.job import Job
 from fetcher.ranges import Range
-from fetcher.schedule import Schedule, Urgency, Want
 from fetcher.store.chunks import Verdict
 from fetcher.threads import run_stoppable
 from fetcher.transfers import Transfers
@@ -36,9 +29,10 @@ if TYPE_CHECKING:
     from fetcher.oci import Digest
     from fetcher.peers.client import PeerClient
     from fetcher.registry import Registry
-    from fetcher.schedule import Piece
     from fetcher.store.blobs import PartialBlob
     from fetcher.store.store import Store
+
+__all__ = ["Job", "Jobs"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,308 +41,6 @@ _CHECKPOINT_SECONDS: Final = 5.0
 
 _IDLE_SECONDS: Final = 1.0
 """How long a thread waits for the next bytes to hash, before it is left to others."""
-
-
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    """Somebody who waits for some bytes."""
-
-    want: Want
-    ended: trio.Event = field(default_factory=trio.Event)
-    failure: ModelError | None = None
-
-
-class Job:
-    """One blob on its way. Made by :meth:`Jobs.join`."""
-
-    def __init__(
-        self, layer: Layer, source: Source, previous: Job | None, trusted_name: str
-    ) -> None:
-        self.layer = layer
-        self.schedule = Schedule()
-        self._sources = {source.reference.name: source}
-        """Of everybody who asked, by the model's name; those that failed come to the end."""
-        self.fresh = False
-        """Whether nothing of the blob was there when it began."""
-        self._failed: set[str] = set()
-        """The names of sources that are of no use, until somebody offers one anew."""
-        self.previous = previous
-        """A job of the same blob that was told to stop and may not have ended yet."""
-        self.waiters = 0
-        self.scope = trio.CancelScope()
-        self.finished = trio.Event()
-        self.complete = False
-        self.failure: Exception | None = None
-        self.partial: PartialBlob | None = None
-        self.moved = time.monotonic()
-        """When the last bytes came, or it began, by the monotonic clock."""
-        self._download: Download | None = None
-        self._waiting: list[_Waiter] = []
-        self._change = trio.Event()
-        """Of the bytes that are there."""
-        self._listening = False
-        """Whether anybody wants to know of it."""
-        self._token = trio.lowlevel.current_trio_token()
-        self.trusted_name = trusted_name
-        """The name by which bytes are trusted: a registry and a repository."""
-        self.chunks = source.chunks
-        """What proves single chunks; of the first who knew it before the blob was begun."""
-        self.misread = trio.Event()
-        """The blob has to begin anew: see :attr:`PartialBlob.is_misread`."""
-        self._indexing = trio.Lock()
-        self._indexed = False
-
-    @property
-    def done(self) -> int:
-        """Bytes of the blob that are there."""
-        if self.complete:
-            return self.layer.descriptor.size
-        return self.partial.done if self.partial else 0
-
-    @property
-    def source(self) -> Source:
-        """Where it is fetched from at present."""
-        usable = (one for name, one in self._sources.items() if name not in self._failed)
-        return next(usable, next(iter(self._sources.values())))
-
-    @property
-    def trusted_source(self) -> Source | None:
-        """The source by whose name trusted bytes come; None while it is not offered."""
-        return self._sources.get(self.trusted_name)
-
-    @property
-    def only_name(self) -> str | None:
-        """The name below which all of the blob was fetched; None where it may have been others."""
-        [name, *others] = self._sources
-        return name if self.fresh and not others else None
-
-    def offer(self, source: Source) -> None:
-        """Fetch from there too: with newer credentials for a name that is known, as they expire,
-        and else where all that were offered before fail.
-        """
-        name = source.reference.name
-        self._failed.discard(name)
-        self._sources[name] = source
-        if self.partial is None and self.chunks is None:
-            self.chunks = source.chunks
-
-    def give_up(self, source: Source) -> bool:
-        """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
-        name = source.reference.name
-        if self._sources[name] is source:
-            self._failed.add(name)
-            # to the end, behind those that were not tried
-            self._sources[name] = self._sources.pop(name)
-        return self.source.reference.name not in self._failed
-
-    def contradicted(self) -> None:
-        """What the registry itself sends is not what the chunk digests say: these go."""
-        if self.chunks is None:
-            return
-        self.chunks.contradicted()
-        self.chunks = None
-        if self.partial is not None:
-            self.partial.expect(None)
-            self.look_again()
-
-    def failed(self, piece: Piece, error: ModelError) -> bool:
-        """A piece cannot be had: whether that is for those who want it alone to know."""
-        if piece.demand.urgency > Urgency.AHEAD:
-            return False
-        for waiter in list(self._waiting):
-            wanted = waiter.want.wanted
-            if wanted.start < piece.wanted.stop and piece.wanted.start < wanted.stop:
-                self._end(waiter, error)
-        return True
-
-    # -- what is wanted ----------------------------------------------------------------------------
-
-    async def wait(self) -> None:
-        """Wait until the blob is complete. Raises what the job failed with."""
-        await self.finished.wait()
-        if self.failure is not None:
-            # every waiter gets an exception of its own: a traceback belongs to one task
-            raise copy.copy(self.failure) from self.failure
-        if not self.complete:
-            digest = self.layer.descriptor.digest
-            raise InProgress(f"the download of blob {digest} was stopped: ask again")
-
-    async def want(self, wanted: Range, *, ahead: bool = False, trusted: bool = False) -> None:
-        """Wait until all chunks that ``wanted`` touches are there, or the blob is complete.
-
-        They come before everything that nobody waits for; ``ahead`` of time only behind what
-        somebody waits for. What is to be ``trusted`` comes from a trusted source, again if
-        necessary. Raises the :class:`ModelError` that keeps them from coming.
-        """
-        urgency = Urgency.AHEAD if ahead else Urgency.URGENT
-        await self._have(Want(wanted, urgency, trusted=trusted))
-
-    async def pass_on(self, wanted: Range) -> None:
-        """As :meth:`want`, of bytes that another node waits for: before what nobody waits for."""
-        await self._have(Want(wanted, Urgency.WHOLE, -1))
-
-    async def fill(self, wanted: Range, order: int = 0) -> None:
-        """As :meth:`want`, of bytes that nobody waits for; the lower ``order`` comes first."""
-        await self._have(Want(wanted, Urgency.BACKGROUND, order))
-
-    async def prove(self) -> None:
-        """Have all that is not trusted from a trusted source, to be compared or replaced."""
-        await self._have(Want(self._everything, Urgency.WHOLE, trusted=True))
-
-    async def _have(self, want: Want) -> None:
-        waiter = _Waiter(want)
-        # before looking: of what comes from now on it is told
-        self._waiting.append(waiter)
-        try:
-            if self.finished.is_set() or self._is_met(waiter.want):
-                await trio.lowlevel.checkpoint()
-            else:
-                with self._scheduled(waiter.want):
-                    await waiter.ended.wait()
-        finally:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-        if self.finished.is_set():
-            await self.wait()
-        elif waiter.failure is not None:
-            raise copy.copy(waiter.failure) from waiter.failure
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Want all of it inside the block, as somebody waits for that."""
-        with self._scheduled(Want(self._everything, Urgency.WHOLE)):
-            yield
-
-    @contextlib.contextmanager
-    def opened(self, wanted: Range) -> Iterator[None]:
-        """Want a file of it whole inside the block, ahead of what nobody waits for."""
-        with self._scheduled(Want(wanted, Urgency.WHOLE, 1)):
-            yield
-
-    @contextlib.contextmanager
-    def _scheduled(self, want: Want) -> Iterator[None]:
-        hurried = self.schedule.add(want)
-        if self._download is not None:
-            self._download.hurry(hurried)
-            self._download.wake()
-        try:
-            yield
-        finally:
-            self.schedule.remove(want)
-
-    @property
-    def _everything(self) -> Range:
-        return Range(0, self.layer.descriptor.size)
-
-    # -- what may be shown -------------------------------------------------------------------------
-
-    def check_name(self, name: str) -> None:
-        """Raise :class:`InProgress` where trusted bytes are not those that came by ``name``.
-
-        What one registry sends must not be shown to who named another, before the digest has said
-        that it is right.
-        """
-        if self.trusted_name != name:
-            raise InProgress(
-                f"the blob {self.layer.descriptor.digest} is fetched as a part of "
-                f"{self.trusted_name}: it is shown as a part of {name} once it is complete"
-            )
-
-    async def index(self) -> None:
-        """Wait until readers can know what is in a tar layer, from its headers alone.
-
-        Raises :class:`ModelError`.
-        """
-        async with self._indexing:
-            while not self.complete and not self._indexed:
-                await self._index_further()
-
-    async def _index_further(self) -> None:
-        """Have the next headers fetched, or write down what all of them say."""
-        if self.finished.is_set():
-            await self.wait()
-        partial = self.partial
-        if partial is None:
-            # whatever is at its begin: it is open once that is there
-            await self.want(Range(0, 1), trusted=True)
-            return
-        at = partial.awaited()
-        if at is not None:
-            await self.want(Range(at, at + 1), trusted=True)
-            if self.partial is partial and partial.awaited() == at:
-                await run_stoppable(partial.read_headers)
-            return
-        untrusted = partial.untrusted_headers()
-        for chunk in untrusted:
-            await self.want(chunk, trusted=True)
-        if partial.is_misread:
-            self.misread.set()
-            while self.partial is partial and not self.finished.is_set():
-                await self.change()
-        elif not untrusted and self.partial is partial:
-            self._indexed = await run_stoppable(partial.write_index)
-            if not self._indexed:
-                # it was just closed: the job ends, or begins anew
-                await self.change()
-
-    # -- what comes --------------------------------------------------------------------------------
-
-    def look_again(self) -> None:
-        """Some of what was there may be there no more."""
-        self.schedule.look_again()
-        if self._download is not None:
-            self._download.wake()
-
-    def begin(self, partial: PartialBlob, download: Download) -> None:
-        """The blob is open, and fetched from now on."""
-        self.partial, self._download = partial, download
-        self.misread = trio.Event()
-        self.schedule.look_again()
-        self._look()
-
-    def arrived(self, _: int) -> None:
-        """Bytes came, in whichever thread."""
-        self.moved = time.monotonic()
-        if self._waiting or self._listening:
-            self._token.run_sync_soon(self._look, idempotent=True)
-
-    def _look(self) -> None:
-        """See who has what he waits for."""
-        if self._listening:
-            self._listening = False
-            self._change.set()
-        for waiter in list(self._waiting):
-            if self._is_met(waiter.want):
-                self._end(waiter, None)
-
-    async def change(self) -> None:
-        """Wait until some more bytes have come, or the job has ended; or for nothing.
-
-        Whoever looks, and waits for what is not there yet, looks again after it.
-        """
-        if self._listening:
-            await self._change.wait()
-        else:
-            # what came between the caller's look and now was not told to anybody
-            self._listening, self._change = True, trio.Event()
-            await trio.lowlevel.checkpoint()
-
-    def _is_met(self, want: Want) -> bool:
-        partial = self.partial
-        return self.complete or (partial is not None and self.schedule.is_met(want, partial))
-
-    def _end(self, waiter: _Waiter, failure: ModelError | None) -> None:
-        waiter.failure = failure
-        self._waiting.remove(waiter)
-        waiter.ended.set()
-
-    def end(self) -> None:
-        """The job has ended, one way or the other."""
-        self.finished.set()
-        self._listening = False
-        self._change.set()
-        for waiter in list(self._waiting):
-            self._end(waiter, None)
 
 
 class Jobs:

@@ -132,7 +132,7 @@ def test_verification_moves_what_arrived_before_its_headers(tmp_path: Path) -> N
     files = {f"file-{number}": os.urandom(3 * CHUNK + number) for number in range(40)}
     archive = make_tar([Member(name, content) for name, content in files.items()])
     blob = _open(tmp_path, archive)
-    outcome: list[bool] = []
+    outcome: list[bool | None] = []
     verifying = threading.Thread(target=lambda: outcome.append(blob.verify(GO_ON)))
     verifying.start()
     pieces = list(Range(0, len(archive)).split(8 * CHUNK))
