@@ -125,7 +125,7 @@ class LazyModels:
         stronger = max(prefetch, known.prefetch, key=_STRENGTHS.index)
         known.plan = replace(known.plan, prefetch=stronger.value)
         await self._write_plan(known)
-        await known.renew(source)
+        await known.renew(source, holder)
         return known
 
     async def restore(self, digest: Digest, selection_key: str) -> LazyModel:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from fetcher.errors import DigestMismatch, InvalidArtifact, ModelError, NoSpace
+from fetcher.errors import (
+    AccessDenied,
+    DigestMismatch,
+    InvalidArtifact,
+    ModelError,
+    NoSpace,
+    Unauthenticated,
+)
 from fetcher.modelpack import Packing
 from fetcher.ranges import Range
 
@@ -44,6 +51,9 @@ class Owner(Protocol):
     @property
     def source(self) -> Source | None:
         """Where it is fetched from, once that is known."""
+
+    def give_up(self, source: Source) -> bool:
+        """The registry does not take these credentials: whether there are others to ask with."""
 
     def changed(self) -> trio.Event:
         """Set once there are other credentials, or room."""
@@ -184,10 +194,11 @@ class LazyBlob:
                 if job is None:
                     await self._changes()
                     continue
+                used = job.trusted_source or job.source
                 try:
                     await (work if self._is_alike(job) else _complete)(job)
                 except ModelError as error:
-                    if not await self._is_over(job, error):
+                    if not await self._is_over(job, used, error):
                         raise
                 else:
                     self._pause = _FIRST_PAUSE
@@ -209,10 +220,14 @@ class LazyBlob:
         if failure is not None and not (patient and _is_passing(failure)):
             raise copy.copy(failure) from failure
 
-    async def _is_over(self, job: Job, error: ModelError) -> bool:
-        """Whether to look again after a failure: the job has ended, or it passes by itself."""
+    async def _is_over(self, job: Job, used: Source, error: ModelError) -> bool:
+        """Whether to look again after a failure: the job has ended, or it passes by itself, or
+        there are other credentials than those that were ``used``.
+        """
         if job.finished.is_set():
             await self._ends(job)
+            return True
+        if self._is_asked_otherwise(used, error):
             return True
         self.failure = error
         pause = self._next_pause(error)
@@ -223,6 +238,10 @@ class LazyBlob:
         if self.failure is error:
             self.failure = None
         return True
+
+    def _is_asked_otherwise(self, used: Source, error: ModelError) -> bool:
+        refused = isinstance(error, Unauthenticated | AccessDenied)
+        return refused and self._owner.give_up(used)
 
     async def _ends(self, job: Job) -> None:
         """Wait until the end of a job has been looked at."""
@@ -270,7 +289,8 @@ class LazyBlob:
                 try:
                     await self._serve_once(source)
                 except ModelError as error:
-                    await self._failed(error)
+                    if not self._is_asked_otherwise(source, error):
+                        await self._failed(error)
         finally:
             self._serving = False
             self._changed()

@@ -21,6 +21,7 @@ from fetcher.schedule import Prefetch
 from fetcher.store.footprint import content_name, tree_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from fetcher.chunk_lists import ChunkLists, KnownList
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 _SILENCE_SECONDS: Final = 10.0
 """How long readers wait for a byte before that is worth a word."""
+
+_MOST_KNOWN: Final = 16
+"""Volumes of one model whose credentials are remembered."""
 
 _AGAIN_SECONDS: Final = 60.0
 """After so long, what failed is tried again."""
@@ -113,6 +117,10 @@ class LazyModel:
         self._changed = trio.Event()
         self._progressed = trio.Event()
         """Set when one more layer is complete."""
+        self._known: dict[str, Source] = {}
+        """What its volumes brought, by each of them, the newest last."""
+        self._refused: list[Keychain] = []
+        """Credentials that the registry does not take at present."""
         self._recalled = source is None
         """The source is a guess: nobody named it since the agent began."""
         self._spoiled = {Digest.parse(one): why for one, why in plan.spoiled.items()}
@@ -215,24 +223,60 @@ class LazyModel:
         for blob in self.blobs.values():
             blob.tell()
 
-    async def renew(self, source: Source) -> None:
-        """Go on with these credentials, and let the worker remember them.
+    async def renew(self, source: Source, holder: str = "") -> None:
+        """Go on with these credentials of a volume, and let the worker remember them.
 
         Not with those for another name, once all is there that needs them.
         """
         if source.reference.name != self.name:
             return
-        self.source, self._recalled = self._with_chunks(source), False
-        for layer in self.selection.layers(self.model).values():
-            job = self._parts.jobs.running(layer.descriptor.digest)
-            if job is not None and job.trusted_name == source.reference.name:
-                job.offer(source)
+        self._recalled = False
+        self._known.pop(holder, None)
+        self._known[holder] = source
+        for oldest in list(self._known)[:-_MOST_KNOWN]:
+            del self._known[oldest]
+        keychains = [one.keychain for one in self._known.values()]
+        self._refused = [one for one in self._refused if _is_in(one, keychains)]
+        self._go_on_with(source)
         self.tell()
         ticket = await write_ticket(source, self._parts.registry, self._parts.keychain)
         if ticket != self.ticket:
             self.ticket = ticket
             for listener in list(self.listeners):
                 listener.renewed(ticket)
+
+    def give_up(self, source: Source) -> bool:
+        """The registry does not take these credentials: whether there are others to ask with.
+
+        Each volume has its own, and one of them may have been revoked.
+        """
+        if self.source is None or source.reference.name != self.name:
+            return False
+        if source.keychain is self.source.keychain:
+            self._refused.append(source.keychain)
+            others = [
+                one
+                for one in reversed(self._known.values())
+                if not _is_in(one.keychain, self._refused)
+            ]
+            if not others:
+                # all of them are tried again, later
+                self._refused.clear()
+                return False
+            logger.info(
+                "%s is fetched with the credentials of another one of its volumes", self.name
+            )
+            self._go_on_with(others[0])
+        else:
+            self._go_on_with(self.source)
+        return True
+
+    def _go_on_with(self, source: Source) -> None:
+        self.source = self._with_chunks(source)
+        for digest in self.selection.layers(self.model):
+            job = self._parts.jobs.running(digest)
+            if job is not None and job.trusted_name == source.reference.name:
+                job.offer(source)
 
     def _with_chunks(self, source: Source | None) -> Source | None:
         """The source with what proves single chunks, if it is of the name whose list that is."""
@@ -328,6 +372,11 @@ class LazyModel:
         await self._parts.layouts.build(self.model, self.selection)
         self.complete = True
         logger.info("the lazy model %s is complete", self.digest.short)
+
+
+def _is_in(keychain: Keychain, keychains: Sequence[Keychain]) -> bool:
+    """Whether it is one of them: not one that is equal."""
+    return any(keychain is one for one in keychains)
 
 
 def _first(group: BaseExceptionGroup[ModelError]) -> ModelError:

@@ -643,7 +643,7 @@ def test_a_refusal_is_told_at_once_and_ends_with_other_credentials(
         await model.blob(str(blob)).want(chunk(0))
         parsed = Reference.parse(reference).with_digest(model.digest)
         # as when a secret was rotated to something that does not work
-        await model.renew(Source(parsed, wrong))
+        await model.renew(Source(parsed, wrong), "volume")
         with pytest.raises((Unauthenticated, AccessDenied)), trio.fail_after(5):
             await model.blob(str(blob)).want(chunk(9))
         assert problem_of(model)
@@ -651,6 +651,39 @@ def test_a_refusal_is_told_at_once_and_ends_with_other_credentials(
         await model.blob(str(blob)).want(chunk(9))
         assert not problem_of(model)
         assert node.shown(blob, 9 * CHUNK, 10 * CHUNK) == data[9 * CHUNK : 10 * CHUNK]
+
+    in_lazy_node(tmp_path / "root", work)
+
+
+def test_one_volumes_bad_secret_is_no_other_volumes_trouble(
+    tmp_path: Path, guarded: RegistryServer
+) -> None:
+    builder = weights(32 * CHUNK)
+    builder.push(guarded, "lazy/several", "v1")
+    blob, data = large(builder)
+    reference = guarded.reference("lazy/several", "v1")
+    right = VolumeSecrets.parse({"username": "robot", "password": PASSWORD}, guarded.address)
+    wrong = VolumeSecrets.parse({"username": "robot", "password": "no"}, guarded.address)
+
+    async def work(node: LazyNode) -> None:
+        model = await node.open(reference, keychain=right)
+        parsed = Reference.parse(reference).with_digest(model.digest)
+        for number in (1, 9):
+            # kubelet brings its secret again and again
+            await model.renew(Source(parsed, wrong), "another volume")
+            async with trio.open_nursery() as nursery:
+                for more in range(3):
+                    nursery.start_soon(model.blob(str(blob)).want, chunk(number + more))
+            assert not problem_of(model)
+            span = number * CHUNK, (number + 3) * CHUNK
+            assert node.shown(blob, *span) == data[slice(*span)]
+        # both of them bad: that is told, and ends with the first that is right
+        await model.renew(Source(parsed, wrong), "volume")
+        with pytest.raises((Unauthenticated, AccessDenied)), trio.fail_after(5):
+            await model.blob(str(blob)).want(chunk(20))
+        assert problem_of(model)
+        await node.open(reference, keychain=right)
+        await model.blob(str(blob)).want(chunk(20))
 
     in_lazy_node(tmp_path / "root", work)
 
