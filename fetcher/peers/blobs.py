@@ -192,7 +192,8 @@ class Blobs:
         layer = blob_layer(wish.asked.digest, wish.size, wish.asked.layer)
         async with self._fills.filling(wish.asker, layer) as job:
             passing = self._passing(wish, job)
-            with self._fills.wanting(job, wish.part, passing.look) as passing.wanting:
+            wanting = self._fills.wanting(job, wish.part, passing.look, urgent=wish.asked.urgent)
+            with wanting as passing.wanting:
                 await self._pass_on(connection, wish, passing, left)
 
     def _passing(self, wish: _Wish, job: Job | None) -> Passing:

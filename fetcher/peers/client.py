@@ -66,6 +66,8 @@ class PeerRequest:
     hops: int = 0
     ready: bool = False
     """Only where the chunk is there as a whole; see :data:`fetcher.peers.protocol.READY`."""
+    urgent: bool = False
+    """A pod waits for it; see :data:`fetcher.peers.protocol.URGENT`."""
     spare: int | None = None
 
 
@@ -178,6 +180,8 @@ class PeerClient:
         }
         if request.ready:
             headers[protocol.READY] = "1"
+        if request.urgent:
+            headers[protocol.URGENT] = "1"
         if request.spare is not None:
             headers[protocol.SPARE] = str(request.spare)
         if self._token is not None:

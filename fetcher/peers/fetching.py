@@ -238,6 +238,7 @@ class PeerFetching:
             authorization,
             # nobody who waits for us may be waited for: see protocol.READY
             ready=not (is_first or in_line),
+            urgent=work.piece.demand.urgency <= Urgency.AHEAD,
             spare=self._client.standings.spare(nearby) if is_first else None,
         )
         strand.trusted, strand.sender = self._trusted, member.name

@@ -126,24 +126,27 @@ class Fills:
             store.garbage.ask()
 
     @contextlib.contextmanager
-    def wanting(self, job: Job, part: Range, ended: Callable[[], None]) -> Iterator[Wanting]:
-        """Have ``part`` fetched inside the block, before what nobody waits for.
+    def wanting(
+        self, job: Job, part: Range, ended: Callable[[], None], *, urgent: bool = False
+    ) -> Iterator[Wanting]:
+        """Have ``part`` fetched inside the block, before what nobody waits for; ``urgent`` as what
+        a pod of this node waits for.
 
         ``ended`` is called when it is there, or has failed.
         """
         wanting = Wanting()
-        self._nursery.start_soon(self._want, job, part, wanting, ended)
+        self._nursery.start_soon(self._want, job, part, wanting, ended, urgent)
         try:
             yield wanting
         finally:
             wanting.scope.cancel()
 
     async def _want(
-        self, job: Job, part: Range, wanting: Wanting, ended: Callable[[], None]
+        self, job: Job, part: Range, wanting: Wanting, ended: Callable[[], None], urgent: bool
     ) -> None:
         try:
             with wanting.scope:
-                await job.pass_on(part)
+                await (job.want(part) if urgent else job.pass_on(part))
         except ModelError as error:
             wanting.failure = error
         finally:

@@ -30,6 +30,8 @@ READY: Final = "Model-CSI-Ready"
 
 So the rest of a begun chunk is asked for: no two nodes must wait for what the other one has.
 """
+URGENT: Final = "Model-CSI-Urgent"
+"""Of a request: a pod waits for these very bytes; what is fetched for it comes first."""
 SPARE: Final = "Model-CSI-Spare"
 """Of a request: where more uploads than this are under way, another member that has it will do."""
 HAVE: Final = "Model-CSI-Have"

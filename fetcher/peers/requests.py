@@ -86,6 +86,8 @@ class Asked:
     """Of the asker; 0 where it does not say it."""
     ready: bool = False
     """Only what is there whole is wanted."""
+    urgent: bool = False
+    """A pod waits for it."""
     spare: int | None = None
     """Where more uploads than this are under way, another member will do."""
     artifact_type: str = ""
@@ -135,6 +137,7 @@ def read(request: Request, namespace: str) -> Asked | None:
         layer=headers.get(protocol.LAYER.lower(), ""),
         chunk_size=_number(headers.get(protocol.CHUNK.lower(), ""), 10) or 0,
         ready=protocol.READY.lower() in headers,
+        urgent=protocol.URGENT.lower() in headers,
         spare=_number(headers.get(protocol.SPARE.lower(), ""), 5),
         artifact_type=_parameter(query, "artifactType"),
     )

@@ -55,12 +55,15 @@ def test_a_blob() -> None:
         model_csi_hops="1",
         model_csi_chunk="4194304",
         model_csi_layer="application/vnd.cncf.model.weight.v1.raw",
+        model_csi_urgent="1",
         authorization="Bearer secret",
         range="bytes=0-9",
     )
     assert asked is not None
     assert (asked.kind, asked.digest, asked.reference.name) == ("blobs", BLOB, f"{NS}/acme/qwen")
     assert (asked.member, asked.hops, asked.chunk_size) == ("node-7", 1, 4194304)
+    assert asked.urgent
+    assert not asked.ready
     assert asked.authorization == "Bearer secret"
     assert asked.range == "bytes=0-9"
     assert "secret" not in repr(asked)
