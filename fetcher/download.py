@@ -164,6 +164,7 @@ class Download:
         """Bytes per second of one request, lately."""
         self._client = peers
         self._peers = None if peers is None else self._fetching(peers)
+        self._without_peers = False
         self._partial: PartialBlob | None = None
         self._all_pieces = trio.CancelScope()
 
@@ -228,6 +229,20 @@ class Download:
             )
         return bool(liars) or self._move_on(self._wanted.source)
 
+    def leave_peers(self) -> bool:
+        """The bytes of this download were wrong: whether some came from peers, which are asked for
+        the blob no more, as any of them may have sent them.
+        """
+        if not self._asks_peers or self._peers is None or not self._peers.has_brought:
+            return False
+        self._without_peers = True
+        return True
+
+    def blame_peers(self, chunks: Iterable[int]) -> None:
+        """These chunks were others than the registry's."""
+        if self._peers is not None:
+            self._peers.blame(chunks)
+
     def _move_on(self, source: Source) -> bool:
         """Whether somebody else who asked for the blob named another source of it."""
         moved = self._wanted.give_up(source)
@@ -277,11 +292,14 @@ class Download:
             return None if picked is None else picked.chunk
 
         piece = self._schedule.next(partial, 1, pick=pick)
+        if piece is not None and picked is not None:
+            # counted at once: the next choice is made before the request has begun
+            peers.chosen(picked)
         return piece, picked
 
     @property
     def _asks_peers(self) -> bool:
-        return self._peers is not None and self._peers.is_on
+        return self._peers is not None and self._peers.is_on and not self._without_peers
 
     def _may_show_peers(self, partial: PartialBlob) -> bool:
         """Whether what peers send may be shown to readers at once."""
@@ -483,6 +501,9 @@ class Download:
                 await self._endure(error, turn, tries, progress=progress())
         except ChunkMismatch as error:
             self._blame(host, error)
+            if isinstance(sink, Strand):
+                # the chunk begins anew, and with it whatever brings its parts
+                raise
         except Unavailable as error:
             if host.mirror:
                 self._rest(host, error, started)

@@ -89,10 +89,15 @@ class DigestMismatch(ModelError):
 class ChunkMismatch(DigestMismatch):
     """The bytes of one chunk are not what its own digest says; they were dropped."""
 
-    def __init__(self, message: str, *, sole: bool = True, **context: object) -> None:
+    def __init__(self, message: str, **context: object) -> None:
         super().__init__(message, **context)
-        self.sole = sole
-        """Whether all of them came from the one who sent the last."""
+        self.senders: frozenset[str] = frozenset()
+        """Who sent them, as the sink was told; an empty name is somebody who is not known."""
+
+    @property
+    def sole(self) -> bool:
+        """Whether all of them came from one."""
+        return len(self.senders) == 1
 
 
 class Unsupported(ModelError):

@@ -136,10 +136,14 @@ class Jobs:
                 with partial.watch(job.arrived):
                     job.begin(partial, download)
                     right = await self._fetch_and_verify(job, download, partial)
-                    if not right and self._is_shown(partial) and not partial.is_all_trusted:
+                    among_peers = not right and download.leave_peers()
+                    shown = self._is_shown(partial)
+                    if not right and (shown or among_peers) and not partial.is_all_trusted:
                         # what was shown is right, as far as anybody knows: who else sent some?
-                        download.distrust()
+                        if not among_peers:
+                            download.distrust()
                         await self._prove(job, download, partial)
+                        download.blame_peers(partial.replaced)
                         right = await self._fetch_and_verify(job, download, partial)
                 if right and not partial.is_misread:
                     await run_stoppable(partial.finish)
@@ -158,7 +162,7 @@ class Jobs:
                 download.distrust()
                 continue
             # what was there before may have been wrong, and another source may be right
-            if was_shown or not (download.distrust() or resumed):
+            if was_shown or not (download.distrust() or among_peers or resumed):
                 registry = job.source.reference.registry
                 error = DigestMismatch(
                     f"what {registry} sent for blob {digest} has another digest: the bytes were "

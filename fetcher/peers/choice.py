@@ -31,6 +31,9 @@ _WINDOW: Final = 256
 """Chunks among which one is chosen, the most urgent first."""
 _PATIENCE: Final = 30.0
 """Seconds for which all who have a chunk may be busy, before the registry is asked."""
+_LITTLE_PATIENCE: Final = 3.0
+"""The same, where no peer has sent any of the blob lately: nobody may ever."""
+_LATELY: Final = 10.0
 _MOST_HOLDERS: Final = 8
 """Members that are remembered to have one chunk."""
 _GUESSES: Final = 2
@@ -56,7 +59,9 @@ class Appetite:
     of_peers: int = 8
     """To all of them together. More would fill a link no better, and share its queue."""
     of_registry: int = 2
-    """For chunks that this node owns, or that no peer has."""
+    """For chunks that this node owns."""
+    of_registry_alone: int = 8
+    """For all chunks, while those who own them cannot be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +112,8 @@ class BlobChoice:
     members: Members
     standings: Standings
     appetite: Appetite = field(default_factory=Appetite)
-    contributors: dict[int, set[str]] = field(default_factory=dict)
-    """By chunk, the members that sent some of it."""
+    contributors: dict[int, dict[str, bool]] = field(default_factory=dict)
+    """By chunk, the members that sent some of it, and whether they had all of the blob."""
     _version: int = -1
     _owners: Owners | None = None
     _lines: dict[int, tuple[Member, ...]] = field(default_factory=dict)
@@ -121,6 +126,10 @@ class BlobChoice:
     _elsewhere: dict[tuple[str, int], float] = field(default_factory=dict)
     """Until when members are not asked for chunks for which they named somebody else."""
     _waiting_since: dict[int, float] = field(default_factory=dict)
+    _served_at: float = float("-inf")
+    """When a peer sent some of it last."""
+    _distrusted: set[str] = field(default_factory=set)
+    """Members that passed on wrong bytes of this blob."""
 
     # -- the next one ------------------------------------------------------------------------------
 
@@ -156,7 +165,15 @@ class BlobChoice:
     def again(self, chunk: int, now: float, excepted: Iterable[str] = ()) -> Pick | None:
         """Whom to ask for the rest of a chunk after somebody failed; None while it has to wait."""
         self._refresh()
-        return self._source(chunk, self.line(chunk), now, excepted)
+        found = self._source(chunk, self.line(chunk), now, excepted)
+        if found is None and not self._others(chunk, now, excepted):
+            # it has been chosen and waits for no other turn: those of the registry are its own
+            return Pick(chunk, None)
+        return found
+
+    def _others(self, chunk: int, now: float, excepted: Iterable[str]) -> list[Member]:
+        able = self._able(chunk, self.line(chunk), now)
+        return [one for one in able if one.name not in excepted]
 
     def _source(
         self, chunk: int, line: tuple[Member, ...], now: float, excepted: Iterable[str] = ()
@@ -165,10 +182,11 @@ class BlobChoice:
         is_full = self.standings.under_way >= self.appetite.of_peers
         if is_full and self._first(chunk, line, now) is not None:
             return None
-        able = [one for one in self._able(chunk, line, now) if one.name not in excepted]
+        able = self._others(chunk, now, excepted)
         if not able:
             # as if there were no peers
-            return Pick(chunk, None) if self._may_ask_registry() else None
+            most = self.appetite.of_registry_alone if line else self.appetite.of_registry
+            return Pick(chunk, None) if self.standings.of_registry < most else None
         if is_full:
             return None
         ready = [one for one in able if self._is_ready(one, chunk, now) and self._is_free(one)]
@@ -212,9 +230,10 @@ class BlobChoice:
         ]
 
     def _may_ask(self, member: Member, chunk: int, now: float) -> bool:
-        lacks = self._lacking.get((member.name, chunk), now) > now
         standings, name = self.standings, member.name
-        return not lacks and standings.is_usable(name, now) and not standings.is_slow(name, now)
+        lacks = self._lacking.get((name, chunk), now) > now or name in self._distrusted
+        able = standings.is_usable(name, now) and not standings.is_tried(name)
+        return able and not lacks and not standings.is_slow(name, now)
 
     def _is_ready(self, member: Member, chunk: int, now: float) -> bool:
         sent_away = self._elsewhere.get((member.name, chunk), now) > now
@@ -227,7 +246,12 @@ class BlobChoice:
         return self.standings.of_registry < self.appetite.of_registry
 
     def _has_waited(self, chunk: int, now: float) -> bool:
-        return now - self._waiting_since.setdefault(chunk, now) >= _PATIENCE
+        patience = _PATIENCE if now - self._served_at < _LATELY else _LITTLE_PATIENCE
+        return now - self._waiting_since.setdefault(chunk, now) >= patience
+
+    def serves(self, now: float) -> None:
+        """A peer has begun to send some of the blob."""
+        self._served_at = now
 
     def _cost(self, member: Member, line: Sequence[Member]) -> float:
         """The less we ask of it, and the less it has to do at all, the better."""
@@ -293,9 +317,13 @@ class BlobChoice:
         else:
             self.standings.ended(pick.member.name)
 
-    def brought(self, chunk: int, member: Member) -> None:
+    def brought(self, chunk: int, member: Member, *, has_all: bool) -> None:
         """Some bytes of the chunk came from there."""
-        self.contributors.setdefault(chunk, set()).add(member.name)
+        self.contributors.setdefault(chunk, {})[member.name] = has_all
+
+    def distrust(self, name: str) -> None:
+        """The member passed on wrong bytes: it is not asked for this blob any more."""
+        self._distrusted.add(name)
 
     def came(self, chunk: int) -> None:
         """The chunk is there."""

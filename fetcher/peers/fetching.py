@@ -48,6 +48,8 @@ _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
 _JUDGED_SECONDS: Final = 1.5
 _MOST_DOUBTS: Final = 2
+_MOST_LOAD: Final = 64
+"""Uploads at one time that are believed of a peer: what it says of itself must not excuse it."""
 _LONGEST_PAUSE: Final = 2.0
 """Between two looks for somebody who is not busy."""
 _SHOWN_SECONDS: Final = 5.0
@@ -92,6 +94,8 @@ class _Work:
     rope: Rope
     nursery: trio.Nursery
     failure: ModelError | None = None
+    asked: dict[str, bool] = field(default_factory=dict)
+    """The members that were asked, and whether they said that they have all of the blob."""
     wrong: set[str] = field(default_factory=set)
     """Who may have sent the wrong bytes that came of it before."""
 
@@ -152,10 +156,14 @@ class PeerFetching:
         """From whom to fetch a chunk that waits for nothing."""
         return self._chosen.at_once(chunk, trio.current_time())
 
+    def chosen(self, pick: Pick) -> None:
+        """It is going to be fetched; :meth:`fetch` is certain to follow."""
+        self._chosen.began(pick)
+
     # -- one chunk ---------------------------------------------------------------------------------
 
     async def fetch(self, piece: Piece, sink: ChunkSink, pick: Pick) -> None:
-        """Fetch a chunk to its end. Raises :class:`ModelError` where nobody has it."""
+        """Fetch a chunk that was :meth:`chosen`. Raises :class:`ModelError` where nobody has it."""
         wrong: set[str] = set()
         first: Pick | None = pick
         while sink.remaining:
@@ -172,11 +180,13 @@ class PeerFetching:
         try:
             pause = _MOMENT
             while strand.remaining:
-                pick = pick or self._again(work)
                 if pick is None:
-                    await trio.sleep(pause)
-                    pause = min(pause * 1.5, _LONGEST_PAUSE)
-                    continue
+                    pick = self._again(work)
+                    if pick is None:
+                        await trio.sleep(pause)
+                        pause = min(pause * 1.5, _LONGEST_PAUSE)
+                        continue
+                    self._chosen.began(pick)
                 await self._ask(work, strand, pick)
                 pick = None
         except ChunkMismatch as error:
@@ -193,10 +203,9 @@ class PeerFetching:
         return self._chosen.again(chunk, now, work.wrong)
 
     async def _ask(self, work: _Work, strand: Strand, pick: Pick) -> None:
-        """One request, to one source."""
+        """One request, which has been counted, to one source."""
         choice, started = self._chosen, trio.current_time()
         flow = _StrandFlow(pick, started, strand=strand, start=strand.remaining.start)
-        choice.began(pick)
         self._works[flow] = work
         try:
             # a cut comes when others have been asked for the rest
@@ -212,8 +221,8 @@ class PeerFetching:
             seconds = trio.current_time() - started
             name = None if pick.member is None else pick.member.name
             self._client.standings.measured(name, flow.got, seconds)
-            if pick.member is not None and flow.got:
-                choice.brought(pick.chunk, pick.member)
+            if pick.member is not None and flow.got and name in work.asked:
+                choice.brought(pick.chunk, pick.member, has_all=work.asked[name])
             self._client.ended()
 
     async def _ask_member(self, flow: _StrandFlow, work: _Work, member: Member) -> None:
@@ -242,14 +251,19 @@ class PeerFetching:
             spare=self._client.standings.spare(nearby) if is_first else None,
         )
         strand.trusted, strand.sender = self._trusted, member.name
+        work.asked.setdefault(member.name, False)
 
         def answered(status: int, headers: Mapping[str, str]) -> None:
-            self._answered(flow, member, status, headers)
+            have = self._answered(flow, member, status, headers)
+            work.asked[member.name] = have is not None and have.is_all
 
         try:
             await self._client.fetch(
                 member, request, strand, work.piece.demand, self._pacing, answered
             )
+            if strand.remaining:
+                raise Unavailable(f"peer {member.name} sent less than it was asked for")
+            self._client.standings.succeeded(member.name)
         except (Unauthenticated, AccessDenied) as error:
             logger.info("%s; asking somebody else", error.message)
             self._renew = True
@@ -262,20 +276,22 @@ class PeerFetching:
 
     def _answered(
         self, flow: _StrandFlow, member: Member, status: int, headers: Mapping[str, str]
-    ) -> None:
-        """A member's answer begins."""
+    ) -> Have | None:
+        """A member's answer begins; what it says that it has."""
         flow.status = status
         standings, now = self._client.standings, trio.current_time()
         if status < 400:
             standings.answered(member.name, now - flow.since)
+            self._chosen.serves(now)
         load = headers.get(protocol.LOAD.lower(), "")
         if load.isascii() and load.isdigit() and len(load) < 6:
-            standings.told(member.name, int(load))
+            standings.told(member.name, min(int(load), _MOST_LOAD))
         have = Have.parse(headers.get(protocol.HAVE.lower(), ""))
         if have is not None:
             self._chosen.told(member, have)
         flow.other = headers.get(protocol.TRY.lower(), "")[:253]
         flow.pause = retry_after(headers.get("retry-after", ""))
+        return have
 
     def _failed(self, flow: _StrandFlow, member: Member, error: ModelError, started: float) -> None:
         choice, standings, now = self._chosen, self._client.standings, trio.current_time()
@@ -285,7 +301,7 @@ class PeerFetching:
                 choice.named(member, chunk, flow.other, now)
             if flow.pause is not None or not flow.other:
                 standings.busy(member.name, now, flow.pause)
-        elif flow.status >= 500:
+        elif flow.status == 503:
             # its own word: what keeps it is not that it is broken
             logger.debug("%s", error.message)
             choice.refused(member, chunk, now)
@@ -294,13 +310,39 @@ class PeerFetching:
             logger.info("%s; not asked again for %.0f s", error.message, seconds)
 
     def _blame(self, work: _Work, error: ChunkMismatch) -> None:
-        chunk = work.piece.chunks.start
-        senders = self._chosen.contributors.pop(chunk, set())
-        logger.warning("%s; it came from %s", error.message, ", ".join(sorted(senders)))
+        self._chosen.contributors.pop(work.piece.chunks.start, None)
+        senders = error.senders & work.asked.keys()
+        logger.warning("%s; it came from %s", error.message, ", ".join(sorted(error.senders)))
         work.wrong |= senders
-        if error.sole:
-            for name in senders:
-                self.ban(name)
+        for name in senders if error.sole else ():
+            self._accuse(name, has_all=work.asked[name])
+
+    @property
+    def has_brought(self) -> bool:
+        """Whether some bytes came from peers."""
+        return self._choice is not None and bool(self._choice.contributors)
+
+    def blame(self, chunks: Iterable[int]) -> None:
+        """These chunks were wrong; who sent all of one is known to have sent wrong bytes."""
+        if self._choice is None:
+            return
+        senders = [self._choice.contributors.get(one, {}) for one in chunks]
+        alone = {name: all_ for some in senders if len(some) == 1 for name, all_ in some.items()}
+        for name, has_all in alone.items():
+            self._accuse(name, has_all=has_all)
+
+    def _accuse(self, name: str, *, has_all: bool) -> None:
+        """The bytes of a member proved wrong.
+
+        Who has all of a blob has verified it, and lies. Who only passes on what arrives there may
+        be as deceived as we were.
+        """
+        if has_all:
+            self.ban(name)
+            return
+        self._client.standings.counts["wrong"] += 1
+        self._chosen.distrust(name)
+        logger.warning("peer %s passed on wrong bytes: it is not asked for this blob", name)
 
     def ban(self, name: str) -> None:
         """The bytes of a member proved wrong."""
@@ -364,4 +406,5 @@ class PeerFetching:
         if not flow.strand.remaining:
             flow.scope.cancel()
         pick = Pick(flow.pick.chunk, found.member)
+        self._chosen.began(pick)
         work.nursery.start_soon(self._bring, work, behind, pick)

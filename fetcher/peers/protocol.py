@@ -86,6 +86,11 @@ class Have:
             return None
 
     @property
+    def is_all(self) -> bool:
+        """Whether it is the whole blob, complete and verified."""
+        return not self.chunk_size
+
+    @property
     def text(self) -> str | None:
         """The header's value; None where it would be too long to be sent."""
         if not self.chunk_size:

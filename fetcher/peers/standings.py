@@ -91,6 +91,13 @@ class Standings:
         one = self._peers.get(name)
         return one is None or now >= max(one.rests_until, one.banned_until)
 
+    def is_tried(self, name: str) -> bool:
+        """Whether one request is to show if a peer that failed is better now: the others are not to
+        wait for it.
+        """
+        one = self._peers.get(name)
+        return one is not None and one.failures > 0 and one.under_way > 0
+
     def is_busy(self, name: str, now: float) -> bool:
         """Whether it asked to be left alone for a moment."""
         one = self._peers.get(name)
@@ -117,10 +124,14 @@ class Standings:
         self.of(name).load = load
 
     def answered(self, name: str, seconds: float) -> None:
-        """Its first byte took so long; what was held against it is forgiven."""
+        """Its first byte took so long. Whether the others come is to be seen."""
         one = self.of(name)
-        one.failures = one.busy_times = 0
+        one.busy_times = 0
         one.latency = seconds if not one.latency else _blend(one.latency, seconds)
+
+    def succeeded(self, name: str) -> None:
+        """It brought all that it was asked for: what was held against it is forgiven."""
+        self.of(name).failures = 0
 
     def measured(self, name: str | None, got: int, seconds: float) -> None:
         """A transfer brought ``got`` bytes in ``seconds``; from a registry where there is no name.
@@ -191,6 +202,7 @@ class Standings:
         """Bytes that it sent proved wrong. How long it is banned."""
         one = self.of(name)
         one.wrong += 1
+        self.counts["wrong"] += 1
         self.counts["banned"] += 1
         one.banned_until = now + _BAN * 2.0 ** min(one.wrong - 1, 8)
         return one.banned_until - now

@@ -60,6 +60,8 @@ class PartialBlob:
         self._watchers: tuple[Callable[[int], None], ...] = ()
         self.is_misread = False
         """Headers of an archive were read that proved wrong: where its bytes lie is not known."""
+        self.replaced: set[int] = set()
+        """Chunks that were others than a trusted source's, when it was asked for them too."""
         self._readers = 0
         self._closed = False
         self.made: BlobChunks | None = None

@@ -105,6 +105,7 @@ class ChunkSink:
         if read == len(piece) and found == piece:
             return
         self._there, self._framed = False, self._blob.drop(number)
+        self._blob.replaced.add(number)
         # what came before it is the same
         fill = self._position - chunk.start
         self._blob.set_fill(number, fill, framed=self._framed, trusted=True)
@@ -128,5 +129,5 @@ class ChunkSink:
         except ChunkMismatch as error:
             # all of it comes again, from one who can be told
             self._position = chunk.start
-            error.sole = len(self._senders) == 1
+            error.senders = frozenset(self._senders)
             raise

@@ -1,0 +1,196 @@
+"""Peers that are broken, slow or lie: what they cost, and who is held to account."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from fetcher.chunk_lists import ChunkLists
+from fetcher.jobs import Jobs
+from fetcher.oci import Digest
+from fetcher.peers.client import PeerClient, PeerClientSettings
+from fetcher.peers.members import Members
+from fetcher.peers.owners import Member
+from fetcher.pull import Pulls, PullSettings
+from fetcher.registry import Registry
+from fetcher.store import Store
+from tests.integration.test_chunk_proofs import files_of, indexed
+from tests.support.proxy import BlobAnswer, Faults, Proxy, serve_proxy
+from tests.support.sources import shown
+from tests.support.stores import CHUNK, NO_FLOOR, QUICK, REGISTRIES, pull, weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from fetcher.peers.standings import Standings
+    from tests.support.proxy import Rewrite
+    from tests.support.registry import RegistryServer
+
+
+class Always(list[object]):
+    """What is done to every answer."""
+
+    def pop(self, _: object = 0) -> object:
+        return self[0]
+
+
+@dataclass
+class Done:
+    files: dict[str, bytes]
+    standings: Standings
+
+
+def pulled_among(root: Path, reference: str, *addresses: str) -> Done:
+    """Pull with peers at these addresses, which are named ``peer-0`` and so on."""
+
+    async def main() -> Done:
+        store = Store.open(root, CHUNK, NO_FLOOR)
+        registry, members = Registry(REGISTRIES), Members("me")
+        members.replace(
+            Member(f"peer-{number}", address) for number, address in enumerate(addresses)
+        )
+        client = PeerClient(members, None, PeerClientSettings(), QUICK.transfer)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                jobs = Jobs(store, registry, QUICK, nursery, client)
+                lists = ChunkLists(store, registry, CHUNK)
+                pulls = Pulls(store, registry, jobs, PullSettings(), nursery, lists)
+                files = shown(await pull(pulls, reference))
+                nursery.cancel_scope.cancel()
+        jobs.close()
+        client.close()
+        await registry.aclose()
+        store.close()
+        return Done(files, client.standings)
+
+    return trio.run(main)
+
+
+@pytest.fixture
+def home(registry: RegistryServer) -> Iterator[Proxy]:
+    """The registry itself."""
+    with serve_proxy(registry.address) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def peers(registry: RegistryServer, count: int) -> Iterator[list[Proxy]]:
+    """Servers that have all that the registry has."""
+    with contextlib.ExitStack() as closing:
+        yield [closing.enter_context(serve_proxy(registry.address)) for _ in range(count)]
+
+
+def lying(have: str) -> Rewrite:
+    """Flip a bit of each answer's first byte; ``have`` is what the peer says that it has."""
+
+    def rewrite(answer: BlobAnswer) -> BlobAnswer:
+        answer.headers["Model-Csi-Have"] = have
+        answer.body = bytes([answer.body[0] ^ 1]) + answer.body[1:]
+        return answer
+
+    return rewrite
+
+
+def always(answer: Callable[[BlobAnswer], BlobAnswer]) -> Faults:
+    faults = Faults()
+    faults.rewrites = Always([answer])  # type: ignore[assignment]
+    return faults
+
+
+def statuses(status: int, headers: dict[str, str] | None = None) -> Faults:
+    faults = Faults(extra_headers=headers or {})
+    faults.statuses = Always([status])  # type: ignore[assignment]
+    return faults
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(statuses(500), id="faults of their own"),
+        pytest.param(statuses(404), id="nothing there"),
+        pytest.param(statuses(429, {"Retry-After": "1"}), id="busy"),
+        pytest.param(Faults(cut_after=1), id="ends early"),
+    ],
+)
+def test_broken_peers_are_asked_few_times(
+    faults: Faults, registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(96 * CHUNK)
+    builder.push(registry, "faults/broken", "v1")
+    with peers(registry, 4) as four:
+        for one in four:
+            one.faults = faults
+        addresses = (one.address for one in four)
+        done = pulled_among(tmp_path / "root", f"{home.address}/faults/broken:v1", *addresses)
+    assert done.files == files_of(builder)
+    assert home.counts.total <= 1.02 * 96 * CHUNK
+    if faults.statuses != [404]:
+        # they rest: most chunks were asked for at the registry at once
+        assert done.standings.counts["requests"] < 96
+
+
+def test_without_chunk_digests_what_peers_sent_is_compared(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(24 * CHUNK)
+    builder.push(registry, "faults/liar", "v1")
+    with peers(registry, 3) as (liar, *others):
+        liar.faults = always(lying("all"))
+        addresses = (liar.address, *(one.address for one in others))
+        done = pulled_among(tmp_path / "root", f"{home.address}/faults/liar:v1", *addresses)
+    assert done.files == files_of(builder)
+    assert done.standings.of("peer-0").wrong == 1
+    assert done.standings.of("peer-1").wrong == done.standings.of("peer-2").wrong == 0
+
+
+def test_a_liar_is_found_out_by_its_first_chunk(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(24 * CHUNK)
+    reference = indexed(registry, home.address, builder, "faults/indexed")
+    with peers(registry, 3) as (liar, *others):
+        liar.faults = always(lying("all"))
+        addresses = (liar.address, *(one.address for one in others))
+        done = pulled_among(tmp_path / "root", reference, *addresses)
+    assert done.files == files_of(builder)
+    assert done.standings.of("peer-0").wrong >= 1
+    assert done.standings.counts["requests"] < 2 * 24
+
+
+def test_who_only_passed_wrong_bytes_on_is_not_banned(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(24 * CHUNK)
+    reference = indexed(registry, home.address, builder, "faults/deceived")
+    with peers(registry, 1) as (deceived,):
+        deceived.faults = always(lying(f"{CHUNK}:ffffff"))
+        done = pulled_among(tmp_path / "root", reference, deceived.address)
+    assert done.files == files_of(builder)
+    assert done.standings.of("peer-0").wrong == 0
+    assert done.standings.counts["wrong"] >= 1
+
+
+def test_a_chunk_that_two_sent_and_that_is_wrong_begins_anew(
+    registry: RegistryServer, home: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the registry sends behind a liar's bytes is not to land where they began."""
+    builder = weights(8 * CHUNK)
+    reference = indexed(registry, home.address, builder, "faults/halves")
+
+    def half(answer: BlobAnswer) -> BlobAnswer:
+        answer.headers["Model-Csi-Have"] = "all"
+        answer.body = os.urandom(len(answer.body) // 2)
+        return answer
+
+    with peers(registry, 1) as (liar,):
+        liar.faults = always(half)
+        done = pulled_among(tmp_path / "root", reference, liar.address)
+    assert done.files == files_of(builder)
+    assert "contradict" not in caplog.text
+    assert Digest.of(done.files["model-0.safetensors"]) in builder.blobs
