@@ -37,6 +37,8 @@ _LATELY: Final = 10.0
 _MOST_HOLDERS: Final = 8
 """Members that are remembered to have one chunk."""
 _GUESSES: Final = 2
+_GUESS_SECONDS: Final = 0.05
+"""Between two guesses of the node: each costs both sides a request."""
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
 _ELSEWHERE_SECONDS: Final = 0.5
@@ -141,7 +143,7 @@ class BlobChoice:
         for chunk in islice(chunks, _WINDOW):
             line = self.line(chunk)
             if not line and self._may_ask_registry():
-                return Pick(chunk, None)
+                return Pick(chunk, self._holder(chunk, now))
             found = self._source(chunk, line, now)
             if found is None:
                 continue
@@ -149,6 +151,19 @@ class BlobChoice:
             if cost < least:
                 best, least = found, cost
         return best
+
+    def _holder(self, chunk: int, now: float) -> Member | None:
+        """Somebody who has a chunk of this node's own, as where it joined the others later.
+
+        As long as nobody told what he has of the blob, one of them is asked; the registry is last.
+        """
+        able = [one for one in self._able(chunk, (), now) if self._is_ready(one, chunk, now)]
+        nearby = self.members.nearby
+        if not able and not self._had and nearby:
+            one = random.choice(nearby)  # noqa: S311 - no secret
+            usable = self._may_ask(one, chunk, now) and self._is_ready(one, chunk, now)
+            able = [one] if usable and one != self.members.myself else []
+        return min(able, key=lambda one: self._cost(one, ()), default=None)
 
     def at_once(self, chunk: int, now: float) -> Pick | None:
         """Whom to ask for a chunk that waits for nothing; None while all who have it are busy."""
@@ -218,8 +233,10 @@ class BlobChoice:
     def _guesses(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
         """Members that may have got the chunk meanwhile: they say quickly if they have not."""
         nearby = self.members.nearby
-        tried = [random.choice(nearby) for _ in range(_GUESSES)] if nearby else []  # noqa: S311 - no secret
-        return [
+        if now - self.standings.guessed_at < _GUESS_SECONDS:
+            return []
+        tried = [random.choice(nearby) for _ in range(_GUESSES)] if nearby else []  # noqa: S311
+        found = [
             one
             for one in tried
             if one not in line
@@ -228,12 +245,25 @@ class BlobChoice:
             and self._is_ready(one, chunk, now)
             and self._is_free(one)
         ]
+        if found:
+            self.standings.guessed_at = now
+        return found
 
     def _may_ask(self, member: Member, chunk: int, now: float) -> bool:
         standings, name = self.standings, member.name
         lacks = self._lacking.get((name, chunk), now) > now or name in self._distrusted
         able = standings.is_usable(name, now) and not standings.is_tried(name)
         return able and not lacks and not standings.is_slow(name, now)
+
+    def why_not(self, member: Member, chunk: int, now: float) -> str:
+        """What keeps a member from being asked, for the log."""
+        if self._lacking.get((member.name, chunk), now) > now:
+            return "it does not have it"
+        if not self.standings.is_usable(member.name, now):
+            return "it rests, or is banned"
+        if self.standings.is_slow(member.name, now):
+            return "it is slow"
+        return "it is busy" if not self._is_ready(member, chunk, now) else "nothing"
 
     def _is_ready(self, member: Member, chunk: int, now: float) -> bool:
         sent_away = self._elsewhere.get((member.name, chunk), now) > now

@@ -211,6 +211,7 @@ class PeerFetching:
             # a cut comes when others have been asked for the rest
             with contextlib.suppress(Cut), flow.scope:
                 if pick.member is None:
+                    self._tell_why(pick.chunk)
                     await self._hosts.from_hosts(strand, work.piece)
                 else:
                     await self._ask_member(flow, work, pick.member)
@@ -224,6 +225,12 @@ class PeerFetching:
             if pick.member is not None and flow.got and name in work.asked:
                 choice.brought(pick.chunk, pick.member, has_all=work.asked[name])
             self._client.ended()
+
+    def _tell_why(self, chunk: int) -> None:
+        """Of a chunk that is not this node's own, and that the registry is asked for."""
+        for one in self._chosen.line(chunk):
+            why = self._chosen.why_not(one, chunk, trio.current_time())
+            logger.debug("peer %s is not asked for chunk %d: %s", one.name, chunk, why)
 
     async def _ask_member(self, flow: _StrandFlow, work: _Work, member: Member) -> None:
         strand, choice, started = flow.strand, self._chosen, trio.current_time()
@@ -246,7 +253,7 @@ class PeerFetching:
             choice.chunk_size,
             authorization,
             # nobody who waits for us may be waited for: see protocol.READY
-            ready=not (is_first or in_line),
+            ready=not (in_line or (is_first and choice.line(chunk))),
             urgent=work.piece.demand.urgency <= Urgency.AHEAD,
             spare=self._client.standings.spare(nearby) if is_first else None,
         )

@@ -30,9 +30,9 @@ _NEXT_BYTE_SECONDS: Final = 10.0
 _SLICE_BYTES: Final = 64 * 1024 * 1024
 _MOST_MISSES: Final = 5
 """How often in a row what was there may have just moved, as when a blob became complete."""
-_GATHERED_BYTES: Final = 64 * 1024
-_LEAST_PAUSE: Final = 0.02
-_LONGEST_PAUSE: Final = 0.25
+_GATHERED_BYTES: Final = 128 * 1024
+_LEAST_PAUSE: Final = 0.04
+_LONGEST_PAUSE: Final = 0.3
 """How long more is waited for, until so much has come: a thread that sends a packet costs as much
 as one that sends many, and a dozen peers wait for each.
 """

@@ -23,6 +23,8 @@ _LONGEST_BUSY: Final = 30.0
 _DEFAULT_BUSY: Final = 1.0
 _SLOW_REST: Final = 15.0
 _MUCH_SLOWER: Final = 6.0
+_MOST_LOAD: Final = 64
+"""Uploads that are believed: what a peer says must not excuse it from everything."""
 _NEWEST: Final = 0.3
 """The part that the newest measurement has in what is believed."""
 _MAX_PEERS: Final = 20_000
@@ -64,6 +66,10 @@ class Standings:
     """Our requests to all peers."""
     of_registry: int = 0
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
+    typical_load: float = 0.0
+    """Uploads that are under way at one peer, as they told lately."""
+    guessed_at: float = _NEVER
+    """When a member was asked for a chunk that it might have."""
     counts: Counter[str] = field(default_factory=Counter)
     """What happened, for those who look: requests, failures, busy, slow, banned."""
     _peers: dict[str, Standing] = field(default_factory=dict)
@@ -121,7 +127,8 @@ class Standings:
 
     def told(self, name: str, load: int) -> None:
         """So many uploads are under way there."""
-        self.of(name).load = load
+        self.of(name).load = load = min(load, _MOST_LOAD)
+        self.typical_load = _blend(self.typical_load or load, load)
 
     def answered(self, name: str, seconds: float) -> None:
         """Its first byte took so long. Whether the others come is to be seen."""
@@ -145,13 +152,19 @@ class Standings:
             self.registry_speed = _blend(self.registry_speed or speed, speed)
             return
         one = self.of(name)
-        capacity = speed * max(one.load, one.under_way, 1)
+        capacity = speed * self._sharers(one)
         one.capacity = _blend(one.capacity or capacity, capacity)
+
+    def _sharers(self, one: Standing) -> float:
+        """How many share what it sends: what it told is of when a transfer began, as of the first
+        of many.
+        """
+        return max(one.load, self.typical_load, one.under_way, 1)
 
     def is_dull(self, name: str, got: int, seconds: float) -> bool:
         """Whether a transfer that brought so much shows a peer that is much slower than others."""
         one = self.of(name)
-        capacity = got / seconds * max(one.load, one.under_way, 1)
+        capacity = got / seconds * self._sharers(one)
         return capacity * _MUCH_SLOWER < self._usual()
 
     def slow(self, name: str, now: float) -> None:
