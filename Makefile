@@ -121,6 +121,10 @@ bench-upload: setup  ## what a node uploads to its peers, against nginx with sen
 bench-peers: setup  ## 8 nodes that pull one model at one time, with and without peers: half an hour
 	@$(BIN)/python -m tests.bench.peers --graph docs/peers.svg
 
+.PHONY: simulate
+simulate: setup  ## clusters of up to 5,000 nodes on the real choices of peers, on a network that is none
+	@$(BIN)/python -m tests.simulate
+
 # --- Generated files --------------------------------------------------------------------------------------------
 
 .PHONY: proto
