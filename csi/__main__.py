@@ -120,6 +120,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 keychain=keychain,
                 facts=AgentFacts(role, config.mode, config.driver_name, VERSION),
                 served=None if peers is None else peers.served,
+                asked=others,
             )
             yield Node(config, store, registry, keychain, pulls, models, volumes, calls, peers)
             downloads.cancel_scope.cancel()

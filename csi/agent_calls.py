@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from csi.volumes import Volumes
     from fetcher.credentials import Keychain
     from fetcher.modelpack import Model, Selection
+    from fetcher.peers.client import PeerClient
     from fetcher.peers.served import Served
     from fetcher.pull import Progress, Pull, Pulls, Resolved
     from fetcher.registry import Registry
@@ -163,8 +164,11 @@ class AgentCalls:
         keychain: Keychain,
         facts: AgentFacts,
         served: Served | None = None,
+        asked: PeerClient | None = None,
     ) -> None:
-        """``keychain`` is the node's own, ``served`` what it has sent to its peers."""
+        """``keychain`` is the node's own, ``served`` what it has sent to its peers, and ``asked``
+        how it asks them.
+        """
         self._store = store
         self._registry = registry
         self._pulls = pulls
@@ -172,6 +176,7 @@ class AgentCalls:
         self._keychain = keychain
         self._facts = facts
         self._served = served
+        self._asked = asked
         self._store_calls = StoreCalls(store, volumes, pulls, keychain)
         self._table: Mapping[str, Callable[[Any, Watch], Awaitable[Struct]]] = {
             protocol.PING.name: self._ping,
@@ -355,7 +360,16 @@ class AgentCalls:
             ),
             disk=await self._store_calls.disk(),
             uploads=self._uploads(),
+            asked=self._peers(),
         )
+
+    def _peers(self) -> protocol.AskedRow | None:
+        """What peers were asked for."""
+        asked = self._asked
+        if asked is None:
+            return None
+        counts = {"members": asked.members.count, **asked.standings.counts}
+        return msgspec.convert(counts, protocol.AskedRow)
 
     def _uploads(self) -> protocol.UploadsRow | None:
         """What was sent to peers."""

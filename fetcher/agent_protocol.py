@@ -284,6 +284,22 @@ class UploadsRow(Struct, frozen=True, kw_only=True):
     uploads: int
 
 
+class AskedRow(Struct, frozen=True, kw_only=True):
+    """What peers were asked for since the agent started; see :mod:`fetcher.peers.standings`."""
+
+    members: int
+    """Other nodes that may be asked at present."""
+    bytes: int = 0
+    requests: int = 0
+    failures: int = 0
+    busy: int = 0
+    slow: int = 0
+    wrong: int = 0
+    """How often what a peer sent proved wrong."""
+    banned: int = 0
+    """How often a peer was banned for it."""
+
+
 class EvictedRow(Struct, frozen=True, kw_only=True):
     kind: str
     """``model``: its tree; ``content``: what there was of a layer."""
@@ -341,6 +357,8 @@ class StatusResult(Struct, frozen=True, kw_only=True):
     """Mounts of models below kubelet's folder that belong to no volume."""
     uploads: UploadsRow | None = None
     """None where the node serves no peers."""
+    asked: AskedRow | None = None
+    """None where the node knows no peers."""
 
 
 # --------------------------------------------------------------------------------------- calls

@@ -169,7 +169,7 @@ class Download:
         self._all_pieces = trio.CancelScope()
 
     def _fetching(self, peers: PeerClient) -> PeerFetching:
-        trusted = self._settings.lazy_sources is LazySources.PEERS
+        trusted = self._settings.lazy_sources is LazySources.PEERS and peers.authenticates
         return PeerFetching(peers, self, self._blob, self._transfers.pacing, trusted=trusted)
 
     async def fetch(self, partial: PartialBlob) -> None:
@@ -303,7 +303,10 @@ class Download:
 
     def _may_show_peers(self, partial: PartialBlob) -> bool:
         """Whether what peers send may be shown to readers at once."""
-        return partial.is_proving or self._settings.lazy_sources is LazySources.PEERS
+        if partial.is_proving:
+            return True
+        by_word = self._settings.lazy_sources is LazySources.PEERS
+        return by_word and self._client is not None and self._client.authenticates
 
     def _may_start(self, urgency: Urgency) -> bool:
         under_way = self._schedule.under_way(urgency)
@@ -364,13 +367,19 @@ class Download:
         return self._partial
 
     async def authorization(self, *, renew: bool) -> tuple[Reference, str | None]:
-        """Whose blob it is, and what its registry would be shown. Raises :class:`ModelError`."""
+        """Whose blob it is, and what its registry would be shown, but for what the administrator
+        gave this node for it. Raises :class:`ModelError`.
+        """
         source = self._wanted.source
         hosts = await self._registry.hosts(source.reference)
         access = await self._registry.blob_access(
             source.reference, self._blob.digest, source.keychain, host=hosts.server, renew=renew
         )
-        shown = (text for name, text in access.hop.headers if name.lower() == "authorization")
+        if not hosts.server.is_own:
+            # what somebody else is shown is nothing for peers, which ask the registry by its name
+            return source.reference, None
+        ours = set(access.hop.headers) - set(hosts.server.headers)
+        shown = (text for name, text in ours if name.lower() == "authorization")
         return source.reference, next(shown, None)
 
     def _measure(self, count: int, seconds: float) -> None:

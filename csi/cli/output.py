@@ -154,6 +154,16 @@ def _uploads(found: protocol.UploadsRow) -> str:
     )
 
 
+def _asked(found: protocol.AskedRow) -> str:
+    text = (
+        f"{bytes_text(found.bytes)} from {found.members} peers in {found.requests} requests; "
+        f"{found.busy} sent elsewhere, {found.failures} failed"
+    )
+    if found.wrong:
+        text += f"; wrong bytes {found.wrong} times, {found.banned} peers banned for them"
+    return text
+
+
 def collected(found: protocol.GcResult) -> None:
     """Print what was evicted, or would have been."""
     if found.evicted:
@@ -226,6 +236,8 @@ def status(found: protocol.StatusResult) -> None:
         rows.extend(_disk(found.disk))
     if found.uploads is not None:
         rows.append(("peers", _uploads(found.uploads)))
+    if found.asked is not None:
+        rows.append(("asked", _asked(found.asked)))
     facts(rows)
     if found.pulls:
         print()

@@ -90,6 +90,11 @@ class PeerClient:
         self._idle: collections.OrderedDict[Connection, str] = collections.OrderedDict()
         self._wakers: dict[Callable[[], None], Callable[[], bool]] = {}
 
+    @property
+    def authenticates(self) -> bool:
+        """Whether peers prove who they are: a token only says who asks, and not who answers."""
+        return self.settings.trust is not None and self.settings.trust.verify
+
     # -- who is told when a request has ended ------------------------------------------------------
 
     def attend(self, wake: Callable[[], None], has_work: Callable[[], bool]) -> None:

@@ -76,7 +76,12 @@ class Members:
     @property
     def any(self) -> bool:
         """Whether there is a member besides this node."""
-        return len(self._members) > self.serves
+        return self.count > 0
+
+    @property
+    def count(self) -> int:
+        """How many members there are besides this node."""
+        return len(self._members) - self.serves
 
     def find(self, name: str) -> Member | None:
         """The other member of this name, if there is one."""

@@ -71,7 +71,7 @@ class Standings:
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What happened, for those who look: requests, failures, busy, slow, banned."""
+    """What happened, for those who look: bytes, requests, failures, busy, slow, wrong, banned."""
     _peers: dict[str, Standing] = field(default_factory=dict)
 
     def of(self, name: str) -> Standing:
@@ -151,6 +151,7 @@ class Standings:
         if name is None:
             self.registry_speed = _blend(self.registry_speed or speed, speed)
             return
+        self.counts["bytes"] += got
         one = self.of(name)
         capacity = speed * self._sharers(one)
         one.capacity = _blend(one.capacity or capacity, capacity)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+import socketserver
+import threading
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +24,7 @@ from fetcher.registry import Registry
 from fetcher.store import Store
 from tests.integration.test_chunk_proofs import files_of, indexed
 from tests.support.proxy import BlobAnswer, Faults, Proxy, serve_proxy
-from tests.support.sources import shown
+from tests.support.sources import shown, write_hosts
 from tests.support.stores import CHUNK, NO_FLOOR, QUICK, REGISTRIES, pull, weights
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fetcher.peers.standings import Standings
+    from fetcher.registry import RegistrySettings
     from tests.support.proxy import Rewrite
     from tests.support.registry import RegistryServer
 
@@ -46,12 +50,14 @@ class Done:
     standings: Standings
 
 
-def pulled_among(root: Path, reference: str, *addresses: str) -> Done:
+def pulled_among(
+    root: Path, reference: str, *addresses: str, registries: RegistrySettings = REGISTRIES
+) -> Done:
     """Pull with peers at these addresses, which are named ``peer-0`` and so on."""
 
     async def main() -> Done:
         store = Store.open(root, CHUNK, NO_FLOOR)
-        registry, members = Registry(REGISTRIES), Members("me")
+        registry, members = Registry(registries), Members("me")
         members.replace(
             Member(f"peer-{number}", address) for number, address in enumerate(addresses)
         )
@@ -75,8 +81,8 @@ def pulled_among(root: Path, reference: str, *addresses: str) -> Done:
 @pytest.fixture
 def home(registry: RegistryServer) -> Iterator[Proxy]:
     """The registry itself."""
-    with serve_proxy(registry.address) as running:
-        yield running
+    with serve_proxy(registry.address) as proxy:
+        yield proxy
 
 
 @contextlib.contextmanager
@@ -174,6 +180,49 @@ def test_who_only_passed_wrong_bytes_on_is_not_banned(
     assert done.files == files_of(builder)
     assert done.standings.of("peer-0").wrong == 0
     assert done.standings.counts["wrong"] >= 1
+
+
+class Listener(socketserver.ThreadingTCPServer):
+    """A peer that has nothing, and keeps the heads of the requests that it gets."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Listening)
+        self.heads: list[str] = []
+
+
+class _Listening(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Listener
+
+    def do_GET(self) -> None:
+        self.server.heads.append(str(self.headers))
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_what_an_administrator_gave_for_a_registry_is_no_peers(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(4 * CHUNK)
+    builder.push(registry, "faults/secret", "v1")
+    text = f'server = "http://{home.address}"\n[header]\nAuthorization = "Bearer of-the-node"\n'
+    write_hosts(tmp_path / "certs.d", home.address, text)
+    registries = replace(REGISTRIES, hosts_dir=tmp_path / "certs.d")
+    with Listener() as listener:
+        threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"127.0.0.1:{listener.server_address[1]}"
+        reference = f"{home.address}/faults/secret:v1"
+        done = pulled_among(tmp_path / "root", reference, address, registries=registries)
+        listener.shutdown()
+        assert done.files == files_of(builder)
+        assert listener.heads
+        assert not any("of-the-node" in head for head in listener.heads)
 
 
 def test_a_chunk_that_two_sent_and_that_is_wrong_begins_anew(

@@ -8,6 +8,7 @@ over: here it has to be far less than what as many nodes would fetch without pee
 from __future__ import annotations
 
 import http.client
+import json
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import grpc
 import pytest
 
 from tests.support.cluster import Cluster, Model, Node, Race, cluster, publish_chunk_digests
+from tests.support.commands import ModelCsi
 from tests.support.processors import Busy
 from tests.support.sources import weights
 from tests.support.token_server import PASSWORD
@@ -59,6 +61,14 @@ def peers(made: Cluster, count: int) -> list[Node]:
     made.befriend(nodes)
     made.start(nodes)
     return nodes
+
+
+def asked(node: Node) -> dict[str, int]:
+    """What a node's status says of its peers."""
+    done = ModelCsi(node.root, node.driver.folder).run("status", "--json")
+    assert done.status == 0, done.errors
+    told: dict[str, int] = json.loads(done.output)["asked"]
+    return told
 
 
 def compete(
@@ -257,6 +267,10 @@ def test_a_node_that_sends_wrong_bytes_spoils_nothing(registry: RegistryServer) 
         liar.publish(made.reference(model))
         liar.rot()
         compete(made, nodes, model)
+        told = [asked(node) for node in nodes]
+        assert all(one["members"] == 2 for one in told)
+        assert sum(one["wrong"] for one in told) >= 1
+        assert sum(one["banned"] for one in told) >= 1
 
 
 def test_each_byte_enters_a_zone_once(registry: RegistryServer) -> None:
