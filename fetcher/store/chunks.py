@@ -197,7 +197,12 @@ class ChunkMap:
             self._set(chunk, self._states[chunk] | TRUSTED)
 
     def unmark(self, chunk: int) -> None:
-        """Say that a chunk is not there: its bytes proved wrong. Raises :class:`OSError`."""
+        """Say that a chunk is not there: its bytes proved wrong, from the first one on.
+
+        Raises :class:`OSError`.
+        """
+        # what it was before it was whole is no beginning any more
+        self.set_fill(chunk, 0, framed=False)
         with self._lock:
             self._set(chunk, 0)
 

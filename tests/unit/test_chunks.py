@@ -167,6 +167,19 @@ def test_a_begun_chunk_may_be_begun_again(tmp_path: Path) -> None:
     blob.close()
 
 
+def test_a_chunk_that_proved_wrong_begins_with_its_first_byte(tmp_path: Path) -> None:
+    # and not where it stood before its last bytes came
+    blob = _blob(tmp_path, bytes(3 * CHUNK))
+    sink = blob.sink(Range(0, CHUNK))
+    assert sink(b"x" * 10)
+    assert sink(b"x" * (CHUNK - 10))
+    blob.drop(0)
+    assert blob.missing() == [Range(0, 3 * CHUNK)]
+    assert blob.sink(Range(0, 3 * CHUNK))(bytes(3 * CHUNK))
+    assert blob.verify(threading.Event())
+    blob.close()
+
+
 def test_a_power_loss_takes_begun_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = os.urandom(3 * CHUNK)
     blob = _blob(tmp_path, content)
