@@ -132,6 +132,7 @@ class Jobs:
             # a begun chunk counts too; of an empty blob nothing can be there
             resumed = size > 0 and partial.missing() != [Range(0, size)]
             job.fresh = not resumed
+            doubted = others = False
             try:
                 with partial.watch(job.arrived):
                     job.begin(partial, download)
@@ -140,21 +141,29 @@ class Jobs:
                     shown = self._is_shown(partial)
                     if not right and (shown or among_peers) and not partial.is_all_trusted:
                         # what was shown is right, as far as anybody knows: who else sent some?
-                        if not among_peers:
-                            download.distrust()
-                        await self._prove(job, download, partial)
-                        download.blame_peers(partial.replaced)
-                        right = await self._fetch_and_verify(job, download, partial)
+                        others = among_peers or download.distrust()
+                        doubted = job.trusted_source is None
+                        if doubted:
+                            # nobody is here to be asked what is right: only what was shown stays
+                            await run_stoppable(partial.drop_untrusted)
+                        else:
+                            await self._prove(job, download, partial)
+                            download.blame_peers(partial.replaced)
+                            right = await self._fetch_and_verify(job, download, partial)
                 if right and not partial.is_misread:
                     await run_stoppable(partial.finish)
                     partial.conclude(Verdict.VERIFIED)
                     store.complete_blob(layer)
                     break
-                was_shown = self._is_shown(partial) and not partial.is_misread
+                was_shown = self._is_shown(partial) and not (doubted or partial.is_misread)
                 if was_shown:
                     partial.conclude(Verdict.SPOILED)
             finally:
                 partial.close()
+            if doubted and not partial.is_misread:
+                if others:
+                    continue
+                raise _wrong_bytes(job)
             store.discard_blob(digest)
             if partial.is_misread:
                 # nobody has seen what is in it: that takes headers that are trusted
@@ -163,14 +172,7 @@ class Jobs:
                 continue
             # what was there before may have been wrong, and another source may be right
             if was_shown or not (download.distrust() or among_peers or resumed):
-                registry = job.source.reference.registry
-                error = DigestMismatch(
-                    f"what {registry} sent for blob {digest} has another digest: the bytes were "
-                    "dropped; if it happens again, the registry's copy or something between it and "
-                    "this node is corrupt",
-                    reference=job.source.reference,
-                    digest=digest,
-                )
+                error = _wrong_bytes(job)
                 if was_shown:
                     self.spoiled(digest, error)
                 raise error
@@ -241,6 +243,16 @@ class Jobs:
     def close(self) -> None:
         """Close idle connections, once no job runs any more."""
         self._transfers.close()
+
+
+def _wrong_bytes(job: Job) -> DigestMismatch:
+    registry, digest = job.source.reference.registry, job.layer.descriptor.digest
+    return DigestMismatch(
+        f"what {registry} sent for blob {digest} has another digest: the bytes were dropped; if it "
+        "happens again, the registry's copy or something between it and this node is corrupt",
+        reference=job.source.reference,
+        digest=digest,
+    )
 
 
 def _opened(store: Store, job: Job) -> PartialBlob:

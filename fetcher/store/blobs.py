@@ -460,6 +460,15 @@ class PartialBlob:
             self._hashed_wrong |= number <= self._hashing
         return framed
 
+    def drop_untrusted(self, _: threading.Event) -> None:
+        """Some of what is not trusted is wrong, and nobody knows what: all of it goes.
+
+        For a worker thread, while nobody writes. Raises :class:`ModelError`.
+        """
+        for number in range(self.count):
+            if self.has(number) and not self.is_trusted(number):
+                self.drop(number)
+
     @contextlib.contextmanager
     def _map_errors(self) -> Iterator[None]:
         try:

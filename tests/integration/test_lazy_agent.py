@@ -553,6 +553,39 @@ def test_a_model_that_somebody_else_fetches_is_not_lazy_meanwhile(
     in_lazy_node(tmp_path / "root", work, most_shared=0)
 
 
+def test_who_lies_to_another_pull_neither_spoils_nor_stops_anything(
+    tmp_path: Path, registry: RegistryServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of it was shown by one name, and the rest of it comes wrong by another."""
+    monkeypatch.setattr(lazy_blobs, "_LINGER_SECONDS", 0.05)
+    builder = weights(32 * CHUNK)
+    builder.push(registry, "lazy/calm", "v1")
+    builder.push(registry, "lazy/lied-to", "v1")
+    blob, data = large(builder)
+    proxy.faults = Faults(corrupt_at=20 * CHUNK)
+
+    async def work(node: LazyNode) -> None:
+        model = await node.open(f"{registry.address}/lazy/calm:v1")
+        await model.blob(str(blob)).want(chunk(3))
+        theirs = Reference.parse(f"{proxy.address}/lazy/lied-to:v1")
+        resolved = await node.pulls.resolve(theirs, NOBODY, PullPolicy.ALWAYS)
+        # without whoever showed it, who could say what is right
+        await until(lambda: node.jobs.running(blob) is None)
+        with pytest.raises(DigestMismatch), node.pulls.join(resolved, EVERYTHING) as pull:
+            await pull.wait()
+        assert not problem_of(model)
+        assert node.shown(blob, 3 * CHUNK, 4 * CHUNK) == data[3 * CHUNK : 4 * CHUNK]
+        proxy.faults = Faults()
+        before = proxy.counts.bytes[str(blob)]
+        with node.pulls.join(resolved, EVERYTHING) as pull:
+            await pull.wait()
+        assert proxy.counts.bytes[str(blob)] - before == len(data) - CHUNK
+        assert node.shown(blob, 0, len(data)) == data
+        assert not problem_of(model)
+
+    in_lazy_node(tmp_path / "root", work)
+
+
 def test_small_layers_that_another_name_shows_are_completed_first(
     tmp_path: Path, registry: RegistryServer, proxy: Proxy
 ) -> None:
