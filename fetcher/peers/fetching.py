@@ -392,11 +392,12 @@ class PeerFetching:
             self._have_help([one for one in flows if not one.scope.cancel_called], now)
 
     def _is_too_slow(self, flow: _StrandFlow, member: Member, now: float) -> bool:
-        """Whether it has been so for some time; what it may have to wait for itself excuses it."""
+        """Whether it has been so for some time; before its first byte it waits itself."""
         since = max(flow.looked_at, flow.since)
-        if now - since < _JUDGED_SECONDS:
+        if now - since < _JUDGED_SECONDS or not flow.status:
             return False
-        dull = self._client.standings.is_dull(member.name, flow.got - flow.got_then, now - since)
+        got, seconds = flow.got - flow.got_then, now - since
+        dull = self._client.standings.is_dull(member.name, got, flow.left, seconds)
         flow.doubts = flow.doubts + 1 if dull else 0
         flow.looked_at, flow.got_then = now, flow.got
         return flow.doubts >= _MOST_DOUBTS

@@ -8,7 +8,6 @@ banned; one that is much slower than the others is passed over for a while, and 
 from __future__ import annotations
 
 import random
-import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -22,7 +21,9 @@ _BAN: Final = 600.0
 _LONGEST_BUSY: Final = 30.0
 _DEFAULT_BUSY: Final = 1.0
 _SLOW_REST: Final = 15.0
-_MUCH_SLOWER: Final = 6.0
+_MUCH_SLOWER: Final = 8.0
+_SHORT_SECONDS: Final = 5.0
+"""What takes no longer is waited for, however slow it is."""
 _MOST_LOAD: Final = 64
 """Uploads that are believed: what a peer says must not excuse it from everything."""
 _NEWEST: Final = 0.3
@@ -41,8 +42,6 @@ class Standing:
     """Uploads of which it told last, to whomever."""
     latency: float = 0.0
     """Seconds to the first byte."""
-    capacity: float = 0.0
-    """Bytes per second that it sends to all who ask, as far as can be told; 0 while unknown."""
     failures: int = 0
     failed_at: float = _NEVER
     rests_until: float = _NEVER
@@ -62,12 +61,12 @@ class Standings:
 
     registry_speed: float = 0.0
     """Bytes per second of one transfer from mirrors or a registry; 0 while unknown."""
+    speed: float = 0.0
+    """Bytes per second of one transfer from a peer, likewise."""
     under_way: int = 0
     """Our requests to all peers."""
     of_registry: int = 0
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
-    typical_load: float = 0.0
-    """Uploads that are under way at one peer, as they told lately."""
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -82,15 +81,6 @@ class Standings:
             if len(self._peers) > _MAX_PEERS:
                 del self._peers[next(iter(self._peers))]
         return found
-
-    def keep(self, names: Iterable[str]) -> None:
-        """Forget who is no member any more, unless it is banned or asked at present."""
-        kept = set(names)
-        self._peers = {
-            name: one
-            for name, one in self._peers.items()
-            if name in kept or one.wrong or one.under_way
-        }
 
     def is_usable(self, name: str, now: float) -> bool:
         """Whether the peer may be asked at all; it may be busy."""
@@ -127,8 +117,7 @@ class Standings:
 
     def told(self, name: str, load: int) -> None:
         """So many uploads are under way there."""
-        self.of(name).load = load = min(load, _MOST_LOAD)
-        self.typical_load = _blend(self.typical_load or load, load)
+        self.of(name).load = min(load, _MOST_LOAD)
 
     def answered(self, name: str, seconds: float) -> None:
         """Its first byte took so long. Whether the others come is to be seen."""
@@ -141,32 +130,28 @@ class Standings:
         self.of(name).failures = 0
 
     def measured(self, name: str | None, got: int, seconds: float) -> None:
-        """A transfer brought ``got`` bytes in ``seconds``; from a registry where there is no name.
-
-        What a peer sends to one of many says how much it sends to all.
-        """
+        """A transfer brought ``got`` bytes in ``seconds``; without a name from a registry."""
         if seconds <= 0 or not got:
             return
         speed = got / seconds
         if name is None:
             self.registry_speed = _blend(self.registry_speed or speed, speed)
-            return
-        self.counts["bytes"] += got
-        one = self.of(name)
-        capacity = speed * self._sharers(one)
-        one.capacity = _blend(one.capacity or capacity, capacity)
+        else:
+            self.speed = _blend(self.speed or speed, speed)
 
-    def _sharers(self, one: Standing) -> float:
-        """How many share what it sends: what it told is of when a transfer began, as of the first
-        of many.
+    def is_dull(self, name: str, got: int, left: int, seconds: float) -> bool:
+        """Whether a transfer that brought ``got`` bytes lately shows a peer that is much slower
+        than others, and what is left of it would take long.
+
+        Than the registry a peer may be slower by as much as it has others to send to: in a crowd
+        that is no fault of it, and all would go to the registry.
         """
-        return max(one.load, self.typical_load, one.under_way, 1)
-
-    def is_dull(self, name: str, got: int, seconds: float) -> bool:
-        """Whether a transfer that brought so much shows a peer that is much slower than others."""
-        one = self.of(name)
-        capacity = got / seconds * self._sharers(one)
-        return capacity * _MUCH_SLOWER < self._usual()
+        speed, one = got / seconds, self.of(name)
+        if left < speed * _SHORT_SECONDS:
+            return False
+        sharers = max(one.load, one.under_way, 1)
+        slower = speed * _MUCH_SLOWER
+        return slower < self.speed or slower * sharers < self.registry_speed
 
     def slow(self, name: str, now: float) -> None:
         """It was much slower than others for some time: it is passed over, longer each time."""
@@ -175,12 +160,6 @@ class Standings:
             one.slow_times += 1
             self.counts["slow"] += 1
             one.slow_until = now + _SLOW_REST * 2.0 ** min(one.slow_times - 1, 4)
-
-    def _usual(self) -> float:
-        """What a source is expected to send, in bytes per second; 0 while that is not known."""
-        known = [one.capacity for one in self._peers.values() if one.capacity]
-        median = statistics.median(known) if len(known) > 1 else 0.0
-        return max(median, self.registry_speed)
 
     def spare(self, names: Iterable[str]) -> int:
         """More uploads than this a peer among these need not have: there are less busy ones."""
