@@ -65,4 +65,6 @@ def _trust(config: Config) -> Trust | None:
     if config.peer_cert is None or config.peer_key is None:
         return None
     authorities = (str(config.peer_ca),) if config.peer_ca else ()
-    return Trust(ca_files=authorities, client=(str(config.peer_cert), str(config.peer_key)))
+    # who has authorities of its own for peers trusts no others with them
+    pair = str(config.peer_cert), str(config.peer_key)
+    return Trust(ca_files=authorities, system=not authorities, client=pair)

@@ -101,6 +101,8 @@ class Source:
     keychain: Keychain = field(repr=False)
     chunks: KnownList | None = field(default=None, repr=False)
     """What proves single chunks, as far as that is known."""
+    hops: int = 0
+    """How many members the wish for it came through, before it came here."""
 
 
 class Wanted(Protocol):
@@ -381,6 +383,11 @@ class Download:
         ours = set(access.hop.headers) - set(hosts.server.headers)
         shown = (text for name, text in ours if name.lower() == "authorization")
         return source.reference, next(shown, None)
+
+    @property
+    def hops(self) -> int:
+        """How many members the wish for the blob came through."""
+        return self._wanted.source.hops
 
     def _measure(self, count: int, seconds: float) -> None:
         pace = count / max(seconds, 1e-3)

@@ -21,9 +21,11 @@ class Trust:
 
     verify: bool = True
     ca_files: tuple[str, ...] = ()
-    """Certificate authorities that are trusted besides those of the system."""
+    """Certificate authorities that are trusted."""
     client: tuple[str, str] | None = None
     """The files of our certificate and its key, for a host that asks for one; may be one file."""
+    system: bool = True
+    """Whether the system's authorities are trusted, too."""
 
     def elsewhere(self, *, verify: bool) -> Trust:
         """The trust for where this host redirects to: its authorities, but not our certificate."""
@@ -44,7 +46,7 @@ class Trust:
 
         Takes about 20 ms, most of it for the system's authorities.
         """
-        context = ssl.create_default_context() if self.verify else unverified()
+        context = self._empty()
         self._load_authorities(context)
         if self.client is not None:
             try:
@@ -53,6 +55,14 @@ class Trust:
             except (OSError, ssl.SSLError) as error:
                 raise _unusable("a client certificate and key", self.client[0], error) from error
         return context
+
+    def _empty(self) -> ssl.SSLContext:
+        if not self.verify:
+            return unverified()
+        # without authorities yet, but it verifies and looks at names as a default context does
+        return (
+            ssl.create_default_context() if self.system else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        )
 
     def _load_authorities(self, context: ssl.SSLContext) -> None:
         for file in self.ca_files:

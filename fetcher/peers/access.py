@@ -38,6 +38,8 @@ class Asker:
 
     reference: Reference
     authorization: str | None = field(repr=False)
+    hops: int = 0
+    """How many members it came through."""
 
     @property
     def keychain(self) -> Keychain:

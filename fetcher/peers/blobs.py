@@ -103,7 +103,7 @@ class Blobs:
         :class:`fetcher.peers.http.BytesMissing` among that.
         """
         self._policy.check(asked.reference)
-        asker = Asker(asked.reference, asked.authorization)
+        asker = Asker(asked.reference, asked.authorization, asked.hops)
         told = await self._rights.blob(asker)
         # nothing is held for others: what is evicted meanwhile, they get elsewhere
         found = self._find(asked.digest)
@@ -152,7 +152,7 @@ class Blobs:
         """Whether to fetch it for who asks."""
         if not wish.asked.member:
             return True
-        size = wish.asked.chunk_size
+        size = wish.asked.chunk_size if wish.asked.hops < protocol.MOST_HOPS else 0
         return size > 0 and self._ownership.owns(wish.asked.digest, wish.part, size)
 
     @contextlib.contextmanager

@@ -41,6 +41,7 @@ _GUESS_SECONDS: Final = 0.05
 """Between two guesses of the node: each costs both sides a request."""
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
+_MOST_KEPT: Final = 4096
 _ELSEWHERE_SECONDS: Final = 0.5
 """How long a member that named another one for a chunk is not asked for it."""
 _UNKNOWN: Final = 0.5
@@ -384,15 +385,18 @@ class BlobChoice:
 
     def named(self, member: Member, chunk: int, other: str, now: float) -> None:
         """The member has much to do, and says who else has the chunk."""
+        _forget_past(self._elsewhere, now)
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
         self._note(chunk, other)
 
     def refused(self, member: Member, chunk: int, now: float) -> None:
         """The member cannot send the chunk at the moment."""
+        _forget_past(self._elsewhere, now)
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
 
     def lacks(self, member: Member, chunk: int, now: float) -> None:
         """The member does not have the chunk, and does not fetch it."""
+        _forget_past(self._lacking, now)
         self._lacking[member.name, chunk] = now + _LACKING_SECONDS
         if member.name in self._holders.get(chunk, ()):
             self._holders[chunk].remove(member.name)
@@ -418,3 +422,11 @@ class BlobChoice:
             self._version = self.members.version
             self._owners = self.members.owners(self.blob)
             self._lines.clear()
+
+
+def _forget_past(until: dict[tuple[str, int], float], now: float) -> None:
+    """Keep what is to be remembered from growing with the chunks of a blob, and the members."""
+    if len(until) >= _MOST_KEPT:
+        kept = {key: time for key, time in until.items() if time > now}
+        until.clear()
+        until.update(kept)

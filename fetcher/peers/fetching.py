@@ -61,6 +61,10 @@ _RENEWED_SECONDS: Final = 10.0
 class AskingHosts(Protocol):
     """How :class:`fetcher.download.Download` asks others than peers."""
 
+    @property
+    def hops(self) -> int:
+        """How many members the wish for the blob came through."""
+
     async def authorization(self, *, renew: bool) -> tuple[Reference, str | None]:
         """Whose blob it is, and what its registry would be shown. Raises ``ModelError``."""
 
@@ -118,6 +122,8 @@ class PeerFetching:
         self._blob = blob
         self._pacing = pacing
         self._trusted = trusted
+        self._shows = trusted
+        """Whether what peers send will do for who wants trusted bytes."""
         self._choice: BlobChoice | None = None
         self._works: dict[_StrandFlow, _Work] = {}
         self._renew_at = float("-inf")
@@ -132,6 +138,7 @@ class PeerFetching:
 
     def begin(self, partial: PartialBlob) -> None:
         """The blob's chunks are known now."""
+        self._shows = self._trusted or partial.is_proving
         if self._choice is None or self._choice.chunk_size != partial.chunk_size:
             self._choice = BlobChoice(
                 str(self._blob.digest),
@@ -252,6 +259,7 @@ class PeerFetching:
             wanted,
             choice.chunk_size,
             authorization,
+            hops=self._hosts.hops,
             # nobody who waits for us may be waited for: see protocol.READY
             ready=not (in_line or (is_first and choice.line(chunk))),
             urgent=work.piece.demand.urgency <= Urgency.AHEAD,
@@ -389,7 +397,7 @@ class PeerFetching:
                 standings.slow(member.name, now)
                 flow.scope.cancel()
         if self._client.is_idle:
-            self._have_help([one for one in flows if not one.scope.cancel_called], now)
+            self._have_help([one for one in flows if self._may_help(one)], now)
 
     def _is_too_slow(self, flow: _StrandFlow, member: Member, now: float) -> bool:
         """Whether it has been so for some time; before its first byte it waits itself."""
@@ -401,6 +409,10 @@ class PeerFetching:
         flow.doubts = flow.doubts + 1 if dull else 0
         flow.looked_at, flow.got_then = now, flow.got
         return flow.doubts >= _MOST_DOUBTS
+
+    def _may_help(self, flow: _StrandFlow) -> bool:
+        is_left = not flow.scope.cancel_called
+        return is_left and (self._shows or not self._works[flow].piece.trusted)
 
     def _have_help(self, flows: list[_StrandFlow], now: float) -> None:
         found = self._chosen.help(flows, now)

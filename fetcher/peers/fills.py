@@ -76,7 +76,8 @@ class Fills:
 
         Raises :class:`ModelError`, such as ``NoSpace``.
         """
-        digest, source = layer.descriptor.digest, Source(asker.reference, asker.keychain)
+        digest = layer.descriptor.digest
+        source = Source(asker.reference, asker.keychain, hops=asker.hops + 1)
         fill = self._fills.get(digest)
         if fill is None or fill.scope.cancel_called:
             # one that was told to stop holds its job no longer than it takes to stop

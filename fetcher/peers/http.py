@@ -61,7 +61,7 @@ class HttpPatience:
     idle: float = 60.0
     """Until it asks for something more."""
     head: float = 10.0
-    """For a request, from its first byte on."""
+    """For a request, from its first byte on; for the first one from the connection's begin on."""
     stall: float = 30.0
     """Without taking a byte of an answer."""
 
@@ -75,6 +75,7 @@ class HttpConnection:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
         self._has_body = False
         self._is_head = False
+        self._patience_for_next = patience.head
 
     async def receive(self) -> Request | None:
         """The next request; None where there is no other. Raises :class:`Refusal` for nonsense."""
@@ -84,7 +85,8 @@ class HttpConnection:
             self._http.start_next_cycle()
         if self._http.our_state is not h11.IDLE:
             return None
-        with trio.move_on_after(self._patience.idle) as waiting:
+        # who it is shows in the first request: strangers are not to hold connections for long
+        with trio.move_on_after(self._patience_for_next) as waiting:
             try:
                 return await self._next_request(waiting)
             except h11.RemoteProtocolError as error:
@@ -95,6 +97,7 @@ class HttpConnection:
         while True:
             event = self._http.next_event()
             if isinstance(event, h11.Request):
+                self._patience_for_next = self._patience.idle
                 self._has_body, self._is_head = _announces_body(event), event.method == b"HEAD"
                 if not self._has_body:
                     self._http.next_event()

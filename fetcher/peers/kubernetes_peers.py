@@ -30,6 +30,7 @@ logger: Final = logging.getLogger(__name__)
 _ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PAGE: Final = 500
 _WATCH_SECONDS: Final = 300
+_LEAST_WATCH: Final = 1.0
 _TIMES: Final = httpx.Timeout(10.0, read=30.0)
 _WATCH_TIMES: Final = httpx.Timeout(10.0, read=_WATCH_SECONDS + 30.0)
 _MAX_LINE: Final = 16 * 1024 * 1024
@@ -139,7 +140,10 @@ class KubernetesPeers:
                     found(self._members())
 
             while True:
+                began = trio.current_time()
                 await self._watch(client, version, take)
+                # one that ends at once is not asked for at once again, and again
+                await trio.sleep(max(0.0, began + _LEAST_WATCH - trio.current_time()))
 
     def _members(self) -> Found:
         # of two pods of one node, as while it is updated, one will do

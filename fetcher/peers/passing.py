@@ -83,8 +83,8 @@ class Passing:
             misses = 0 if sent else misses + 1
             if misses == _MOST_MISSES:
                 raise BytesMissing("what is said to be there is not")
-            uploads.sent(sent)
             left[0] -= sent
+            uploads.sent(sent, left[0])
             served.bytes += sent
             part = Range(part.start + sent, part.stop)
             if part and len(piece) < most:

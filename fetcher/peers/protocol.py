@@ -20,7 +20,10 @@ TOKEN: Final = "Model-CSI-Peer"  # noqa: S105 (a header's name)
 FROM: Final = "Model-CSI-From"
 """Of a request: the name of the member that asks. Who leaves it out is a foreign client."""
 HOPS: Final = "Model-CSI-Hops"
-"""Of a request: how many members it came through. From :data:`MOST_HOPS` on none is asked more."""
+"""Of a request: how many members it came through. From :data:`MOST_HOPS` on nothing is fetched.
+
+Each node has its own view of who there is: those that differ must not ask each other in circles.
+"""
 LAYER: Final = "Model-CSI-Layer"
 """Of a request: the media type that the manifest gives the blob, by which it is laid out."""
 CHUNK: Final = "Model-CSI-Chunk"
@@ -41,7 +44,7 @@ LOAD: Final = "Model-CSI-Load"
 TRY: Final = "Model-CSI-Try"
 """Of a 429: the name of a member that was given this chunk a short while ago."""
 
-MOST_HOPS: Final = 2
+MOST_HOPS: Final = 4
 MAX_HAVE_CHARACTERS: Final = 4096
 _ALL: Final = "all"
 

@@ -131,7 +131,7 @@ def read(request: Request, namespace: str) -> Asked | None:
         _reference(registry, name, kind, target),
         member=_member(headers.get(protocol.FROM.lower(), "")),
         hops=_hops(headers.get(protocol.HOPS.lower(), "")),
-        authorization=headers.get("authorization"),
+        authorization=_authorization(headers),
         # a condition that is not understood must not turn into a part that was not asked for
         range="" if "if-range" in headers else headers.get("range", ""),
         layer=headers.get(protocol.LAYER.lower(), ""),
@@ -175,6 +175,13 @@ def _reference(registry: str, name: str, kind: str, target: str) -> Reference:
         return Reference(parsed.registry, parsed.repository, None, Digest.parse(target))
     except InvalidArtifact as error:
         raise Refusal(400, "DIGEST_INVALID", error.message) from error
+
+
+def _authorization(headers: Mapping[str, str]) -> str | None:
+    shown = headers.get("authorization")
+    if shown is not None and not (shown.isascii() and shown.isprintable()):
+        raise Refusal(400, "UNSUPPORTED", "an Authorization has characters that none has")
+    return shown
 
 
 def _member(text: str) -> str:

@@ -30,7 +30,9 @@ class Uploads:
     """Bytes per second of all of them together."""
     running: int = 0
     _promised: int = 0
-    """Bytes that were let in and are not sent yet."""
+    """Bytes that were let in and are not sent yet; of each upload those of a second at most, as one
+    that is large leaves the others their turns.
+    """
     _sent_until: float = field(default=float("-inf"))
 
     def admit(self, size: int) -> float | None:
@@ -41,8 +43,11 @@ class Uploads:
         if wait > _LONGEST_WAIT:
             return wait
         self.running += 1
-        self._promised += size
+        self._promised += self._counted(size)
         return None
+
+    def _counted(self, size: int) -> int:
+        return min(size, self.rate) if self.rate else size
 
     def pause(self, size: int, now: float) -> float:
         """How long to wait before the next ``size`` bytes are sent."""
@@ -52,14 +57,14 @@ class Uploads:
         self._sent_until = start + size / self.rate
         return max(start - now, 0.0)
 
-    def sent(self, size: int) -> None:
-        """So many of the bytes that were let in are on their way."""
-        self._promised -= size
+    def sent(self, size: int, left: int) -> None:
+        """So many of the bytes that were let in are on their way, and ``left`` are not."""
+        self._promised -= self._counted(left + size) - self._counted(left)
 
     def leave(self, unsent: int) -> None:
         """An upload ended, with so many of its bytes not sent."""
         self.running -= 1
-        self._promised -= unsent
+        self._promised -= self._counted(unsent)
 
 
 class Handed:

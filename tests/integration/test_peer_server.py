@@ -91,6 +91,11 @@ def test_a_node_fetches_what_it_owns_and_says_no_to_the_rest(
             assert job is not None
             assert job.done == CHUNK
             assert again.headers["model-csi-have"] == f"{CHUNK}:40"
+            # it has come through too many nodes: they may ask each other in circles
+            third = {"Range": f"bytes={2 * CHUNK}-{3 * CHUNK - 1}", "Model-CSI-Hops": "4"}
+            assert (await node.client.get(url, headers=third)).status_code == 404
+            third["Model-CSI-Hops"] = "3"
+            assert (await node.client.get(url, headers=third)).status_code == 206
 
     trio.run(main)
 
@@ -448,6 +453,29 @@ def test_clients_that_are_slow_or_talk_nonsense(tmp_path: Path) -> None:
             old = f"GET /v2/ HTTP/1.0\r\nModel-CSI-Peer: {TOKEN}\r\n\r\n"
             assert (await _send(node, old.encode())).startswith(b"HTTP/1.1 200")
             assert node.served.connections == 0
+
+    trio.run(main)
+
+
+def test_who_says_nothing_holds_no_connection(tmp_path: Path) -> None:
+    async def main() -> None:
+        server = PeerServerSettings(patience=HttpPatience(idle=600, head=0.2))
+        async with peer_node(tmp_path / "root", Setup(server=server)) as node:
+            with trio.fail_after(60):
+                assert await _send(node, b"") == b""
+
+    trio.run(main)
+
+
+def test_an_authorization_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with peer_node(tmp_path / "root") as node:
+            asked = (
+                f"GET /v2/a/b/blobs/{NOTHING}?ns=127.0.0.1:9 HTTP/1.1\r\nHost: x\r\n"
+                f"Model-CSI-Peer: {TOKEN}\r\nConnection: close\r\nAuthorization: Basic \xff\r\n\r\n"
+            )
+            answer = await _send(node, asked.encode("iso-8859-1"))
+            assert answer.startswith(b"HTTP/1.1 400")
 
     trio.run(main)
 

@@ -12,6 +12,8 @@ import httpx
 import pytest
 import trio
 
+from csi.config import Config
+from csi.peering import peer_client
 from fetcher.credentials import Credentials
 from fetcher.errors import AccessDenied, InvalidRequest, Unavailable
 from fetcher.oci import Digest, Reference
@@ -19,6 +21,7 @@ from fetcher.peers.access import Asker, Rights
 from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
 from fetcher.policy import PullPolicy
 from fetcher.registry import Registry, RegistrySettings
+from fetcher.transport import TransferSettings
 from tests.support.faulty_registry import FaultyRegistry, Reply
 from tests.support.keychains import Everywhere
 from tests.support.peer_server import TOKEN, OwnsAll, Setup, peer_node
@@ -170,6 +173,25 @@ def test_peers_show_certificates_of_their_authority(
                     await trio.sleep(0.01)
 
     trio.run(main)
+
+
+def test_only_the_peers_authority_is_believed(tmp_path: Path) -> None:
+    files = make_tls(tmp_path / "tls")
+    config = Config(
+        root=tmp_path,
+        node_id="me",
+        peers=("a=127.0.0.1:1",),
+        peer_cert=files.certificate,
+        peer_key=files.key,
+        peer_ca=files.ca,
+    )
+    client = peer_client(config, TransferSettings())
+    assert client is not None
+    assert client.settings.trust is not None
+    context = client.settings.trust.context()
+    assert context.cert_store_stats()["x509"] == 1
+    assert context.check_hostname
+    assert context.verify_mode is ssl.CERT_REQUIRED
 
 
 def test_a_certificate_changes_without_a_restart(tmp_path: Path) -> None:

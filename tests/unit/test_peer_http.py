@@ -254,9 +254,22 @@ def test_who_would_wait_for_long_is_sent_away() -> None:
     assert uploads.admit(1000) is None
     wait = uploads.admit(1000)
     assert wait == 2.0
-    uploads.sent(1000)
+    uploads.sent(1000, 0)
     uploads.leave(0)
     assert uploads.admit(1000) is None
+
+
+def test_one_large_upload_keeps_nobody_out() -> None:
+    uploads = Uploads(100, rate=1000)
+    assert uploads.admit(10**12) is None
+    assert uploads.admit(500) is None
+    uploads.sent(400, 10**12 - 400)
+    uploads.leave(500)
+    uploads.leave(10**12 - 400)
+    # all of it was given back
+    assert uploads.admit(1000) is None
+    assert uploads.admit(1000) is None
+    assert uploads.admit(1000) == 2.0
 
 
 def test_uploads_keep_the_rate() -> None:
