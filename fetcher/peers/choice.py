@@ -124,6 +124,10 @@ class BlobChoice:
     """By member, the chunks that it is known to have, as bits."""
     _holders: dict[int, list[str]] = field(default_factory=dict)
     """By chunk, some members that have it, as they or others said."""
+    _has_asked: bool = False
+    """Whether somebody was asked for a chunk of this node's own."""
+    _first_asked: int | None = None
+    """That chunk, while he is."""
     _lacking: dict[tuple[str, int], float] = field(default_factory=dict)
     """Until when members are not asked for chunks that they lack."""
     _elsewhere: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -144,6 +148,9 @@ class BlobChoice:
         for chunk in islice(chunks, _WINDOW):
             line = self.line(chunk)
             if not line and self._may_ask_registry():
+                if self._first_asked is not None:
+                    # whoever is asked for the first one says in a moment if he has the others
+                    continue
                 return Pick(chunk, self._holder(chunk, now))
             found = self._source(chunk, line, now)
             if found is None:
@@ -156,14 +163,16 @@ class BlobChoice:
     def _holder(self, chunk: int, now: float) -> Member | None:
         """Somebody who has a chunk of this node's own, as where it joined the others later.
 
-        As long as nobody told what he has of the blob, one of them is asked; the registry is last.
+        Where nobody told yet what he has of the blob, one of them is asked, once.
         """
         able = [one for one in self._able(chunk, (), now) if self._is_ready(one, chunk, now)]
         nearby = self.members.nearby
-        if not able and not self._had and nearby:
+        if not (able or self._had or self._has_asked) and nearby:
+            self._has_asked = True
             one = random.choice(nearby)  # noqa: S311 - no secret
             usable = self._may_ask(one, chunk, now) and self._is_ready(one, chunk, now)
             able = [one] if usable and one != self.members.myself else []
+            self._first_asked = chunk if able else None
         return min(able, key=lambda one: self._cost(one, ()), default=None)
 
     def at_once(self, chunk: int, now: float) -> Pick | None:
@@ -343,6 +352,8 @@ class BlobChoice:
 
     def ended(self, pick: Pick) -> None:
         """It ended, however."""
+        if pick.chunk == self._first_asked:
+            self._first_asked = None
         if pick.member is None:
             self.standings.of_registry -= 1
         else:
