@@ -137,3 +137,36 @@ def test_what_is_read_comes_before_all_else(driver: Driver) -> None:
                 kubelet.unpublish("csi-one", target)
     assert min(seconds) < 1, seconds
     assert_nothing_left(running)
+
+
+def test_a_lazy_model_is_read_as_soon_as_an_eager_one(
+    tmp_path: Path, registry: RegistryServer
+) -> None:
+    """From the publish until all tensors were read, over a link that bounds both."""
+    (tmp_path / "model").mkdir()
+    builder = build(tmp_path / "model")
+    reference = builder.push(registry, "lazy/as-soon", "v1")
+    right = digests(tmp_path / "model", 1)
+    seconds = {}
+    for mode in ("eager", "lazy"):
+        node = Driver(tmp_path / mode)
+        try:
+            with serve_proxy(registry.address) as proxy:
+                proxy.faults = Faults(bytes_per_second=12e6)
+                there = reference.replace(registry.address, proxy.address)
+                running = node.start()
+                target = running.target("one")
+                with kubelet_of(running) as kubelet:
+                    begun = time.monotonic()
+                    kubelet.publish_inline(
+                        "csi-one", target, {f"{PREFIX}reference": there, f"{PREFIX}mode": mode}
+                    )
+                    reader = _reader(target)
+                    found, _ = reader.communicate(timeout=60)
+                    seconds[mode] = time.monotonic() - begun
+                    assert json.loads(found) == right
+                    kubelet.unpublish("csi-one", target)
+        finally:
+            node.clear()
+    # a tenth more, and what a busy machine takes to start processes
+    assert seconds["lazy"] < 1.1 * seconds["eager"] + 1, seconds
