@@ -21,6 +21,7 @@ from fetcher.errors import (
     NotFound,
     Unauthenticated,
     Unavailable,
+    Unreachable,
 )
 from fetcher.network_errors import retry_after
 from fetcher.peers import protocol
@@ -318,6 +319,11 @@ class PeerFetching:
                 standings.busy(member.name, now, flow.pause)
         elif flow.status == 503:
             # its own word: what keeps it is not that it is broken
+            logger.debug("%s", error.message)
+            choice.refused(member, chunk, now)
+        elif not (flow.status or isinstance(error, Unreachable)) and standings.is_excused(
+            member.name
+        ):
             logger.debug("%s", error.message)
             choice.refused(member, chunk, now)
         else:

@@ -26,6 +26,7 @@ _SHORT_SECONDS: Final = 5.0
 """What takes no longer is waited for, however slow it is."""
 _MOST_LOAD: Final = 64
 """Uploads that are believed: what a peer says must not excuse it from everything."""
+_MOST_SILENCES: Final = 3
 _NEWEST: Final = 0.3
 """The part that the newest measurement has in what is believed."""
 _MAX_PEERS: Final = 20_000
@@ -43,6 +44,8 @@ class Standing:
     latency: float = 0.0
     """Seconds to the first byte."""
     failures: int = 0
+    silences: int = 0
+    """Requests since the last success that it let wait in vain for the first byte."""
     failed_at: float = _NEVER
     rests_until: float = _NEVER
     busy_until: float = _NEVER
@@ -127,7 +130,8 @@ class Standings:
 
     def succeeded(self, name: str) -> None:
         """It brought all that it was asked for: what was held against it is forgiven."""
-        self.of(name).failures = 0
+        one = self.of(name)
+        one.failures = one.silences = 0
 
     def measured(self, name: str | None, got: int, seconds: float) -> None:
         """A transfer brought ``got`` bytes in ``seconds``; without a name from a registry."""
@@ -179,6 +183,14 @@ class Standings:
             rest = min(_FIRST_REST * 2.0 ** (one.failures - 1), _LONGEST_REST)
             one.rests_until = max(one.rests_until, now + rest)
         return max(one.rests_until - now, 0.0)
+
+    def is_excused(self, name: str) -> bool:
+        """Whether silence before the first byte is no failure yet: it has sent some before, and may
+        wait itself for what it fetches.
+        """
+        one = self.of(name)
+        one.silences += 1
+        return one.latency > 0 and not one.failures and one.silences <= _MOST_SILENCES
 
     def busy(self, name: str, now: float, retry_after: float | None) -> None:
         """It has no room for another upload, and says for how long."""
