@@ -33,6 +33,8 @@ _PATIENCE: Final = 30.0
 """Seconds for which all who have a chunk may be busy, before the registry is asked."""
 _LITTLE_PATIENCE: Final = 3.0
 """The same, where no peer has sent any of the blob lately: nobody may ever."""
+_CROWD: Final = 50
+"""Members of a zone for which one is a second more patient."""
 _LATELY: Final = 10.0
 _MOST_HOLDERS: Final = 8
 """Members that are remembered to have one chunk."""
@@ -286,7 +288,9 @@ class BlobChoice:
         return self.standings.of_registry < self.appetite.of_registry
 
     def _has_waited(self, chunk: int, now: float) -> bool:
-        patience = _PATIENCE if now - self._served_at < _LATELY else _LITTLE_PATIENCE
+        # among thousands that begin together the first chunks take a while to come to everybody
+        little = min(_LITTLE_PATIENCE + len(self.members.nearby) / _CROWD, _PATIENCE)
+        patience = _PATIENCE if now - self._served_at < _LATELY else little
         return now - self._waiting_since.setdefault(chunk, now) >= patience
 
     def serves(self, now: float) -> None:

@@ -238,6 +238,7 @@ class Node:
         self.uploads += 1
         self.most_uploads = max(self.most_uploads, self.uploads)
         asker.standings.answered(name, 0.0)
+        choice.serves(now)
         return found
 
     def _is_busy(self, asker: Node, blob: int, chunk: int, *, is_first: bool) -> bool:
