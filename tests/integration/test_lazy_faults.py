@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.test_lazy_volumes import (
+    PREFIX,
     Model,
     assert_nothing_left,
     kill_worker,
@@ -21,6 +22,7 @@ from tests.integration.test_lazy_volumes import (
 )
 from tests.support.commands import wait_until
 from tests.support.driver import Driver
+from tests.support.models import ModelBuilder
 from tests.support.proxy import Faults, Proxy, serve_proxy
 from tests.support.random_reader import random_reader
 from tests.support.workers import worker_pids
@@ -90,6 +92,36 @@ def test_kills_in_the_middle_of_reads(
     assert model.is_right(target)
     with kubelet_of(running) as kubelet:
         settled(kubelet, "csi-one", target)
+        kubelet.unpublish("csi-one", target)
+    assert_nothing_left(running)
+
+
+def test_kills_in_the_middle_of_reads_of_an_archive(
+    driver: Driver, registry: RegistryServer, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Its bytes wait in the frame, and move to their files, while they are read."""
+    data, name = os.urandom(16 * MIB), "model.safetensors"
+    members = {"a": os.urandom(300_000), name: data, "z/b": os.urandom(700_001)}
+    reference = ModelBuilder().add_tar(members).push(registry, "lazy/kills-archive", "v1")
+    attributes = {
+        PREFIX + "reference": reference.replace(registry.address, proxy.address),
+        PREFIX + "mode": "lazy",
+    }
+    right = tmp_path / "right"
+    right.write_bytes(data)
+    running = driver.start()
+    target = running.target("one")
+    with kubelet_of(running) as kubelet:
+        kubelet.publish_inline("csi-one", target, attributes)
+    with random_reader(target / name, right) as reader:
+        for whom in ("driver", "both"):
+            running = kill(driver, running, whom, target)
+            reader.goes_on()
+        errors = reader.errors
+    assert set(errors) <= DEAD, errors
+    proxy.faults = Faults()
+    assert (target / name).read_bytes() == data
+    with kubelet_of(running) as kubelet:
         kubelet.unpublish("csi-one", target)
     assert_nothing_left(running)
 
