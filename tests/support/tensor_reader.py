@@ -19,8 +19,11 @@ INDEX = "model.safetensors.index.json"
 
 def digests(folder: Path, threads: int) -> dict[str, str]:
     """What is in each tensor, read through mappings of the shards."""
-    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    shards = sorted(set(weight_map.values()))
+    index = folder / INDEX
+    weight_map: dict[str, str] | None = None
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()) if weight_map else {"model.safetensors"})
 
     def load(shard: str) -> dict[str, str]:
         with safe_open(folder / shard, framework="np") as tensors:
@@ -33,7 +36,7 @@ def digests(folder: Path, threads: int) -> dict[str, str]:
     with ThreadPoolExecutor(threads) as pool:
         for part in pool.map(load, shards):
             found.update(part)
-    assert set(found) == set(weight_map)
+    assert weight_map is None or set(found) == set(weight_map)
     return found
 
 
