@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fetcher.archives import UnpackLimits
+from fetcher.modelpack import Packing
 from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -26,6 +28,15 @@ class Layouts:
         self._store = store
         self._ratio = unpacked_ratio
         self._locks: weakref.WeakValueDictionary[object, trio.Lock] = weakref.WeakValueDictionary()
+
+    def turn(self, layer: Layer) -> contextlib.AbstractAsyncContextManager[object]:
+        """The time from asking for a compressed layer until it is unpacked, for one at a time.
+
+        Its blob is gone once it is unpacked: who came to ask in between would fetch it again.
+        """
+        if layer.packing in (Packing.RAW, Packing.TAR):
+            return contextlib.nullcontext()
+        return self._locks.setdefault(("turn", layer.descriptor.digest), trio.Lock())
 
     async def lay_out(self, layer: Layer) -> None:
         """Have the content of a layer whose blob is complete. Raises :class:`ModelError`."""

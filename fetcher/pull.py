@@ -385,6 +385,13 @@ class Pulls:
         await for_each(missing, fetch, self._settings.blobs)
 
     async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
+        async with self.layouts.turn(layer):
+            # somebody else may have had it fetched since it was found missing
+            if not self._store.has_content(layer):
+                await self._fetch_missing(pull, layer)
+        pull.complete.add(layer.descriptor.digest)
+
+    async def _fetch_missing(self, pull: Pull, layer: Layer) -> None:
         digest = layer.descriptor.digest
         first, *others = pull.sources
         with self._jobs.join(layer, first) as job:
@@ -396,4 +403,3 @@ class Pulls:
                 pull.made[digest] = job.partial.made
             self.proofs.fetched(job, digest)
             await self.layouts.lay_out(layer)
-        pull.complete.add(digest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.support.faulty_registry import FaultyRegistry, serve_faulty
 from tests.support.registry import RegistryServer, serve_registry
@@ -13,6 +14,11 @@ from tests.support.token_server import PASSWORD, TokenServer, serve_tokens
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+# how long an example takes says nothing on a machine on which others run
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

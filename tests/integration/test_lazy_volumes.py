@@ -387,11 +387,13 @@ def test_a_lazy_volume_is_published_again_without_a_network(
         model = Model(registry, proxy, "again", 4 * MIB)
         with kubelet_of(running) as kubelet:
             kubelet.publish_inline("csi-one", target, model.attributes())
-    mounts = mount_table()
+    mount = mount_at(target)
+    assert mount is not None
     with kubelet_of(running) as kubelet:
         for _ in range(2):
             kubelet.publish_inline("csi-one", target, model.attributes(), timeout=10)
-        assert mount_table() == mounts
+        assert mount_at(target) == mount
+        assert [one.mountpoint for one in mount_table()].count(str(target)) == 1
         kubelet.unpublish("csi-one", target)
     assert_nothing_left(running)
 
