@@ -109,6 +109,7 @@ async def lazy_node(
     """An agent's parts, composed as the driver does it; leaving them is its end."""
     store = Store.open(root, chunk_size, limits)
     registry = Registry(registries or RegistrySettings(attempts=2, retry_seconds=5))
+    closing = contextlib.ExitStack()
     try:
         async with trio.open_nursery() as nursery:
             jobs = Jobs(store, registry, downloads, nursery)
@@ -125,10 +126,11 @@ async def lazy_node(
                 LazySettings(head_bytes=chunk_size, most_shared=most_shared),
                 lists,
             )
+            closing.callback(jobs.close)
             yield LazyNode(store, registry, jobs, pulls, models)
             nursery.cancel_scope.cancel()
-        jobs.close()
     finally:
+        closing.close()
         with trio.CancelScope(shield=True):
             await registry.aclose()
         store.close()

@@ -102,9 +102,11 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
     files.check()
     store = Store.open(root, setup.chunk_size, setup.limits)
     registry = Registry(setup.registry)
+    closing = contextlib.ExitStack()
     try:
         async with trio.open_nursery() as nursery:
             jobs = Jobs(store, registry, setup.download, nursery)
+            closing.callback(jobs.close)
             served, rights = Served(), Rights(registry)
             fills = Fills(store, jobs, nursery, setup.linger)
             uploads = Uploads(setup.uploads, setup.rate)
@@ -134,8 +136,8 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
                     url, store, pulls, jobs, served, fills, rights, ("127.0.0.1", port), client
                 )
             nursery.cancel_scope.cancel()
-        jobs.close()
     finally:
+        closing.close()
         with trio.CancelScope(shield=True):
             await registry.aclose()
         store.close()

@@ -63,15 +63,17 @@ async def open_node(
 ) -> AsyncIterator[Node]:
     store = Store.open(root, CHUNK)
     registry = Registry(settings)
+    closing = contextlib.ExitStack()
     try:
         async with trio.open_nursery() as nursery:
             # as the driver composes them
             transfer = replace(downloads.transfer, ca_file=settings.ca_file)
             jobs = Jobs(store, registry, replace(downloads, transfer=transfer), nursery)
+            closing.callback(jobs.close)
             yield Node(Pulls(store, registry, jobs, PullSettings(), nursery), registry)
             nursery.cancel_scope.cancel()
-        jobs.close()
     finally:
+        closing.close()
         with trio.CancelScope(shield=True):
             await registry.aclose()
         store.close()
