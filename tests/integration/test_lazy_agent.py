@@ -143,7 +143,8 @@ def test_a_want_comes_first_on_a_slow_link(
             # the whole takes 32 s; alone it is a quarter of one
             assert trio.current_time() - begin < 4
             assert node.shown(blob, offset, offset + 5) == data[offset : offset + 5]
-        assert proxy.counts.total < size / 10
+        # as much as comes in the time that the two may take; test_lazy_clients is stricter
+        assert proxy.counts.total < size / 4
 
     in_lazy_node(tmp_path / "root", work, chunk_size=chunk_size)
 
