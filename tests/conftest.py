@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.faulty_registry import FaultyRegistry, serve_faulty
+from tests.support.proxy import Proxy, serve_proxy
 from tests.support.registry import RegistryServer, serve_registry
 from tests.support.token_server import PASSWORD, TokenServer, serve_tokens
 
@@ -40,6 +41,27 @@ def faulty(registry: RegistryServer) -> Iterator[FaultyRegistry]:
     """A proxy before ``registry`` that misbehaves as it is told."""
     with serve_faulty(registry) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def proxy(registry: RegistryServer) -> Iterator[Proxy]:
+    """A proxy before ``registry`` that counts blob bytes, and changes them as it is told."""
+    with serve_proxy(registry.address) as running:
+        yield running
+
+
+@pytest.fixture
+def home(registry: RegistryServer) -> Iterator[Proxy]:
+    """The registry itself, beside :func:`mirror`."""
+    with serve_proxy(registry.address) as running:
+        yield running
+
+
+@pytest.fixture
+def mirror(registry: RegistryServer) -> Iterator[Proxy]:
+    """A mirror with all that the registry has."""
+    with serve_proxy(registry.address) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from fetcher.publishing import publish
 from fetcher.ranges import Range
 from fetcher.store import Store
 from tests.support.models import Member, ModelBuilder
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 from tests.support.registry_calls import NOBODY, QUICK
 from tests.support.sources import mirrors_toml, shown, write_hosts
 from tests.support.stores import (
@@ -41,20 +41,6 @@ if TYPE_CHECKING:
     from fetcher.store.blobs import PartialBlob
     from tests.support.faulty_registry import FaultyRegistry, Reply
     from tests.support.registry import RegistryServer
-
-
-@pytest.fixture
-def home(registry: RegistryServer) -> Iterator[Proxy]:
-    """The registry itself."""
-    with serve_proxy(registry.address) as running:
-        yield running
-
-
-@pytest.fixture
-def mirror(registry: RegistryServer) -> Iterator[Proxy]:
-    """A mirror with all that the registry has."""
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def chunks_of(data: bytes, chunk_size: int = CHUNK, digest: Digest | None = None) -> BlobChunks:

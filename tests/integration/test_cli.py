@@ -56,12 +56,6 @@ def cli(tmp_path: Path) -> Iterator[ModelCsi]:
         detach_below(tmp_path)
 
 
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as proxy:
-        yield proxy
-
-
 def large_model(files: int = 3, size: int = 5 * MIB) -> ModelBuilder:
     """A model that takes its time through a slow proxy; no two chunks of it are alike."""
     builder = ModelBuilder()

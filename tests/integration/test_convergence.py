@@ -20,7 +20,7 @@ from tests.support.commands import ModelCsi, wait_until
 from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver, DriverProcess
 from tests.support.models import ModelBuilder
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,12 +40,6 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
         yield driver
     finally:
         driver.clear()
-
-
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def attributes(proxy: Proxy, repository: str, **others: str) -> dict[str, str]:

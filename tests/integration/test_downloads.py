@@ -36,12 +36,6 @@ ONE_AT_A_TIME = replace(QUICK, connections=1)
 
 
 @pytest.fixture
-def home(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
-
-
-@pytest.fixture
 def elsewhere(registry: RegistryServer) -> Iterator[Proxy]:
     """Another registry with the same models."""
     with serve_proxy(registry.address) as running:

@@ -31,7 +31,7 @@ from fetcher.store import Limits
 from fetcher.transport import TransferSettings
 from tests.support.lazy_models import LazyNode, in_lazy_node, until
 from tests.support.models import ModelBuilder, tar_files
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 from tests.support.sources import mirrors_toml, write_hosts
 from tests.support.steps import cancelled_at
 from tests.support.stores import (
@@ -47,25 +47,12 @@ from tests.support.stores import (
 from tests.support.token_server import PASSWORD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from fetcher.lazy import LazyModel
     from fetcher.oci import Digest
     from fetcher.store import Store
     from tests.support.registry import RegistryServer
-
-
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
-
-
-@pytest.fixture
-def mirror(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def large(builder: ModelBuilder) -> tuple[Digest, bytes]:

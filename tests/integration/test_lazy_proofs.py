@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import trio
 
 from fetcher.chunk_digests import ChunkDigests, ChunkHasher
@@ -14,31 +13,16 @@ from fetcher.ranges import Range
 from fetcher.registry import RegistrySettings
 from fetcher.schedule import Prefetch
 from tests.support.lazy_models import LazyNode, in_lazy_node, until
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 from tests.support.registry_calls import NOBODY, QUICK
 from tests.support.sources import mirrors_toml, write_hosts
 from tests.support.stores import CHUNK, weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.support.models import ModelBuilder
     from tests.support.registry import RegistryServer
-
-
-@pytest.fixture
-def home(registry: RegistryServer) -> Iterator[Proxy]:
-    """The registry itself."""
-    with serve_proxy(registry.address) as running:
-        yield running
-
-
-@pytest.fixture
-def mirror(registry: RegistryServer) -> Iterator[Proxy]:
-    """A mirror with all that the registry has."""
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def indexed(registry: RegistryServer, repository: str) -> tuple[ModelBuilder, Digest, bytes]:

@@ -14,18 +14,15 @@ import pytest
 import trio
 
 from fetcher.chunk_lists import ChunkLists
-from fetcher.jobs import Jobs
 from fetcher.oci import Digest
 from fetcher.peers.client import PeerClient, PeerClientSettings
 from fetcher.peers.members import Members
 from fetcher.peers.owners import Member
 from fetcher.pull import Pulls, PullSettings
-from fetcher.registry import Registry
-from fetcher.store import Store
 from tests.integration.test_chunk_proofs import files_of, indexed
 from tests.support.proxy import BlobAnswer, Faults, Proxy, serve_proxy
 from tests.support.sources import shown, write_hosts
-from tests.support.stores import CHUNK, NO_FLOOR, QUICK, REGISTRIES, pull, weights
+from tests.support.stores import CHUNK, NO_FLOOR, QUICK, REGISTRIES, node_parts, pull, weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,33 +53,21 @@ def pulled_among(
     """Pull with peers at these addresses, which are named ``peer-0`` and so on."""
 
     async def main() -> Done:
-        store = Store.open(root, CHUNK, NO_FLOOR)
-        registry, members = Registry(registries), Members("me")
+        members = Members("me")
         members.replace(
             Member(f"peer-{number}", address) for number, address in enumerate(addresses)
         )
         client = PeerClient(members, None, PeerClientSettings(), QUICK.transfer)
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                jobs = Jobs(store, registry, QUICK, nursery, client)
-                lists = ChunkLists(store, registry, CHUNK)
-                pulls = Pulls(store, registry, jobs, PullSettings(), nursery, lists)
+        with trio.fail_after(60), contextlib.closing(client):
+            async with node_parts(root, NO_FLOOR, registries=registries, peers=client) as node:
+                lists = ChunkLists(node.store, node.registry, CHUNK)
+                pulls = Pulls(
+                    node.store, node.registry, node.jobs, PullSettings(), node.nursery, lists
+                )
                 files = shown(await pull(pulls, reference))
-                nursery.cancel_scope.cancel()
-        jobs.close()
-        client.close()
-        await registry.aclose()
-        store.close()
         return Done(files, client.standings)
 
     return trio.run(main)
-
-
-@pytest.fixture
-def home(registry: RegistryServer) -> Iterator[Proxy]:
-    """The registry itself."""
-    with serve_proxy(registry.address) as proxy:
-        yield proxy
 
 
 @contextlib.contextmanager

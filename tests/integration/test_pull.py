@@ -11,7 +11,6 @@ import pytest
 import trio
 
 from fetcher.credentials import Anonymous, Keychain
-from fetcher.download import DownloadSettings
 from fetcher.errors import (
     DigestMismatch,
     InvalidArtifact,
@@ -20,58 +19,38 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
-from fetcher.jobs import Jobs
 from fetcher.modelpack import Kind, Packing, Selection, layer_type
 from fetcher.oci import Digest, Reference
 from fetcher.policy import PullPolicy
 from fetcher.pull import JoinedPull, Pull, Pulls, PullSettings
-from fetcher.registry import Registry, RegistrySettings
-from fetcher.store import ModelTree, Store
-from fetcher.transport import TransferSettings
+from fetcher.store.store import NO_CAP
 from tests.support.keychains import Everywhere
 from tests.support.models import Member, ModelBuilder, gzip_bomb, tiny_model
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 from tests.support.registry import serve_registry
 from tests.support.sources import shown, weights
+from tests.support.stores import node_parts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from fetcher.store import ModelTree, Store
     from tests.support.registry import RegistryServer
 
 CHUNK = 64 * 1024
 EVERYTHING = Selection()
 DEFAULT = PullSettings()
 NOBODY = Anonymous()
-QUICK = DownloadSettings(
-    first_backoff=0.01, longest_backoff=0.05, transfer=TransferSettings(stall_timeout=5)
-)
-
-
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 @contextlib.asynccontextmanager
 async def pulling(
     root: Path, settings: PullSettings, chunk_size: int = CHUNK
 ) -> AsyncIterator[tuple[Pulls, Store]]:
-    """The parts of a node that pull, as the driver composes them."""
-    store = Store.open(root, chunk_size)
-    registry = Registry(RegistrySettings(attempts=2, retry_seconds=5))
-    try:
-        async with trio.open_nursery() as nursery:
-            jobs = Jobs(store, registry, QUICK, nursery)
-            yield Pulls(store, registry, jobs, settings, nursery), store
-            nursery.cancel_scope.cancel()
-        jobs.close()
-    finally:
-        with trio.CancelScope(shield=True):
-            await registry.aclose()
-        store.close()
+    """The parts of a node that pull, without lists of chunk digests."""
+    async with node_parts(root, NO_CAP, chunk_size=chunk_size) as node:
+        yield Pulls(node.store, node.registry, node.jobs, settings, node.nursery), node.store
 
 
 async def pull(

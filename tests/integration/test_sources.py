@@ -53,20 +53,6 @@ SETTINGS = RegistrySettings(attempts=2, retry_seconds=5, connect_timeout=2, stal
 
 
 @pytest.fixture
-def home(registry: RegistryServer) -> Iterator[Proxy]:
-    """The registry itself."""
-    with serve_proxy(registry.address) as running:
-        yield running
-
-
-@pytest.fixture
-def mirror(registry: RegistryServer) -> Iterator[Proxy]:
-    """A mirror with all that the registry has."""
-    with serve_proxy(registry.address) as running:
-        yield running
-
-
-@pytest.fixture
 def second(registry: RegistryServer) -> Iterator[Proxy]:
     """Another one."""
     with serve_proxy(registry.address) as running:

@@ -19,7 +19,6 @@ from fetcher.pull import PullSettings
 from fetcher.store import Database, Limits
 from fetcher.store.holdings import Holdings
 from tests.support.models import Member, ModelBuilder
-from tests.support.proxy import Proxy, serve_proxy
 from tests.support.stores import (
     CHUNK,
     MIB,
@@ -38,13 +37,8 @@ if TYPE_CHECKING:
 
     from fetcher.pull import Pulls
     from fetcher.store import ModelTree, Store
+    from tests.support.proxy import Proxy
     from tests.support.registry import RegistryServer
-
-
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def in_node(

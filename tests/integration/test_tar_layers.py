@@ -19,11 +19,10 @@ from fetcher.store import chunks as chunks_module
 from fetcher.store.chunks import SYNCED, THERE, TRUSTED
 from tests.integration.test_pull import CHUNK, EVERYTHING, arrived, in_node, pull, push
 from tests.support.models import ModelBuilder
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 from tests.support.sources import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from fetcher.pull import Pulls
@@ -31,12 +30,6 @@ if TYPE_CHECKING:
     from tests.support.registry import RegistryServer
 
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def packed(*sizes: int) -> tuple[ModelBuilder, dict[str, bytes], Digest]:

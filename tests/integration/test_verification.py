@@ -16,10 +16,9 @@ from fetcher.store.footprint import content_name, tree_name
 from fetcher.verification import Finding, Verifier
 from tests.integration.test_pull import CHUNK, NOBODY, in_node, pull, push
 from tests.support.models import Member, ModelBuilder, hard_link, symlink
-from tests.support.proxy import Faults, Proxy, serve_proxy
+from tests.support.proxy import Faults, Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from fetcher.pull import Pulls
@@ -31,12 +30,6 @@ EVERYTHING = Selection()
 NAME = "model.safetensors"
 DATA = os.urandom(5 * CHUNK + 77)
 """Of the file that rots."""
-
-
-@pytest.fixture
-def proxy(registry: RegistryServer) -> Iterator[Proxy]:
-    with serve_proxy(registry.address) as running:
-        yield running
 
 
 def model(packing: Packing) -> ModelBuilder:

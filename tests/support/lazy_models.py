@@ -11,17 +11,23 @@ import trio
 
 from fetcher.chunk_lists import ChunkLists
 from fetcher.credentials import Anonymous
-from fetcher.jobs import Jobs
 from fetcher.lazy import LazyModels, LazySettings
 from fetcher.oci import Reference
 from fetcher.policy import PullPolicy
 from fetcher.pull import Pulls, PullSettings
-from fetcher.registry import Registry, RegistrySettings
 from fetcher.schedule import Prefetch
-from fetcher.store import Limits, Store
 from fetcher.store.chunks import FRAMED, TRUSTED, read_header
 from fetcher.store.layers import load_layer
-from tests.support.stores import CHUNK, EVERYTHING, MIB, NO_FLOOR, QUICK, STILL
+from tests.support.stores import (
+    CHUNK,
+    EVERYTHING,
+    MIB,
+    NO_FLOOR,
+    QUICK,
+    REGISTRIES,
+    STILL,
+    node_parts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,9 +35,12 @@ if TYPE_CHECKING:
 
     from fetcher.credentials import Keychain
     from fetcher.download import DownloadSettings
+    from fetcher.jobs import Jobs
     from fetcher.lazy import LazyModel
     from fetcher.modelpack import Selection
     from fetcher.oci import Digest
+    from fetcher.registry import Registry, RegistrySettings
+    from fetcher.store import Limits, Store
 
 NODE = Anonymous()
 """The node's own keychain, which has nothing."""
@@ -107,33 +116,28 @@ async def lazy_node(
     most_shared: int = 64 * MIB,
 ) -> AsyncIterator[LazyNode]:
     """An agent's parts, composed as the driver does it; leaving them is its end."""
-    store = Store.open(root, chunk_size, limits)
-    registry = Registry(registries or RegistrySettings(attempts=2, retry_seconds=5))
-    closing = contextlib.ExitStack()
-    try:
-        async with trio.open_nursery() as nursery:
-            jobs = Jobs(store, registry, downloads, nursery)
-            pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
-            lists = ChunkLists(store, registry, chunk_size) if with_lists else None
-            models = LazyModels(
-                store,
-                registry,
-                jobs,
-                pulls.layouts,
-                pulls.proofs,
-                keychain,
-                nursery,
-                LazySettings(head_bytes=chunk_size, most_shared=most_shared),
-                lists,
-            )
-            closing.callback(jobs.close)
-            yield LazyNode(store, registry, jobs, pulls, models)
-            nursery.cancel_scope.cancel()
-    finally:
-        closing.close()
-        with trio.CancelScope(shield=True):
-            await registry.aclose()
-        store.close()
+    async with node_parts(
+        root,
+        limits,
+        chunk_size=chunk_size,
+        registries=registries or REGISTRIES,
+        downloads=downloads,
+    ) as node:
+        store, registry, jobs, nursery = node.store, node.registry, node.jobs, node.nursery
+        pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
+        lists = ChunkLists(store, registry, chunk_size) if with_lists else None
+        models = LazyModels(
+            store,
+            registry,
+            jobs,
+            pulls.layouts,
+            pulls.proofs,
+            keychain,
+            nursery,
+            LazySettings(head_bytes=chunk_size, most_shared=most_shared),
+            lists,
+        )
+        yield LazyNode(store, registry, jobs, pulls, models)
 
 
 async def until(condition: Callable[[], object], seconds: float = 30) -> None:

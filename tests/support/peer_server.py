@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import httpx
-import trio
 
-from fetcher.jobs import Jobs
 from fetcher.peers.access import Rights
 from fetcher.peers.blobs import Blobs, OwnsNothing
 from fetcher.peers.fills import Fills
@@ -22,9 +20,8 @@ from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
 from fetcher.peers.uploads import Uploads
 from fetcher.policy import ReferencePolicy
 from fetcher.pull import Pulls, PullSettings
-from fetcher.registry import Registry, RegistrySettings
-from fetcher.store import Limits, Store
-from tests.support.stores import CHUNK, NO_FLOOR, QUICK
+from fetcher.registry import RegistrySettings
+from tests.support.stores import CHUNK, NO_FLOOR, QUICK, node_parts
 
 if TYPE_CHECKING:
     import ssl
@@ -32,9 +29,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fetcher.download import DownloadSettings
+    from fetcher.jobs import Jobs
     from fetcher.oci import Digest
     from fetcher.peers.blobs import Ownership
     from fetcher.ranges import Range
+    from fetcher.store import Limits, Store
 
 TOKEN = "a-shared-token-of-the-peers"
 
@@ -100,44 +99,39 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
     else:
         files = setup.files
     files.check()
-    store = Store.open(root, setup.chunk_size, setup.limits)
-    registry = Registry(setup.registry)
-    closing = contextlib.ExitStack()
-    try:
-        async with trio.open_nursery() as nursery:
-            jobs = Jobs(store, registry, setup.download, nursery)
-            closing.callback(jobs.close)
-            served, rights = Served(), Rights(registry)
-            fills = Fills(store, jobs, nursery, setup.linger)
-            uploads = Uploads(setup.uploads, setup.rate)
-            server = PeerServer(
-                Blobs(store, jobs, fills, rights, setup.policy, setup.ownership, uploads, served),
-                Manifests(store.catalog, registry, rights, setup.policy),
-                Offers(store, rights, setup.policy),
-                None if files.token is None else PeerToken(files.token),
-                None if files.certificate is None else PeerTls(files),
-                served,
-                setup.server,
+    async with node_parts(
+        root,
+        setup.limits,
+        chunk_size=setup.chunk_size,
+        registries=setup.registry,
+        downloads=setup.download,
+    ) as node:
+        store, registry, jobs, nursery = node.store, node.registry, node.jobs, node.nursery
+        served, rights = Served(), Rights(registry)
+        fills = Fills(store, jobs, nursery, setup.linger)
+        uploads = Uploads(setup.uploads, setup.rate)
+        server = PeerServer(
+            Blobs(store, jobs, fills, rights, setup.policy, setup.ownership, uploads, served),
+            Manifests(store.catalog, registry, rights, setup.policy),
+            Offers(store, rights, setup.policy),
+            None if files.token is None else PeerToken(files.token),
+            None if files.certificate is None else PeerTls(files),
+            served,
+            setup.server,
+        )
+        listeners = await listen("127.0.0.1:0")
+        nursery.start_soon(server.serve, listeners)
+        port = listeners[0].socket.getsockname()[1]
+        url = f"{'http' if files.certificate is None else 'https'}://127.0.0.1:{port}"
+        headers = {
+            "Model-CSI-Peer": TOKEN,
+            "Model-CSI-From": "asker",
+            "Model-CSI-Chunk": str(setup.chunk_size),
+        }
+        async with httpx.AsyncClient(
+            base_url=url, headers=headers, trust_env=False, timeout=20, verify=setup.verify
+        ) as client:
+            pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
+            yield PeerNode(
+                url, store, pulls, jobs, served, fills, rights, ("127.0.0.1", port), client
             )
-            listeners = await listen("127.0.0.1:0")
-            nursery.start_soon(server.serve, listeners)
-            port = listeners[0].socket.getsockname()[1]
-            url = f"{'http' if files.certificate is None else 'https'}://127.0.0.1:{port}"
-            headers = {
-                "Model-CSI-Peer": TOKEN,
-                "Model-CSI-From": "asker",
-                "Model-CSI-Chunk": str(setup.chunk_size),
-            }
-            async with httpx.AsyncClient(
-                base_url=url, headers=headers, trust_env=False, timeout=20, verify=setup.verify
-            ) as client:
-                pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
-                yield PeerNode(
-                    url, store, pulls, jobs, served, fills, rights, ("127.0.0.1", port), client
-                )
-            nursery.cancel_scope.cancel()
-    finally:
-        closing.close()
-        with trio.CancelScope(shield=True):
-            await registry.aclose()
-        store.close()

@@ -11,21 +11,21 @@ import trio
 
 from fetcher.credentials import Anonymous
 from fetcher.download import DownloadSettings
-from fetcher.jobs import Jobs
 from fetcher.modelpack import Selection
 from fetcher.oci import Reference
 from fetcher.policy import PullPolicy
 from fetcher.pull import Pulls, PullSettings
-from fetcher.registry import Registry, RegistrySettings
-from fetcher.store import Store
+from fetcher.store.store import NO_CAP
 from fetcher.transport import TransferSettings
 from tests.support.models import ModelBuilder
+from tests.support.stores import node_parts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from fetcher.credentials import Keychain
+    from fetcher.registry import Registry, RegistrySettings
     from fetcher.store import ModelTree
 
 CHUNK = 64 * 1024
@@ -61,22 +61,11 @@ class Node:
 async def open_node(
     root: Path, settings: RegistrySettings, downloads: DownloadSettings = QUICK
 ) -> AsyncIterator[Node]:
-    store = Store.open(root, CHUNK)
-    registry = Registry(settings)
-    closing = contextlib.ExitStack()
-    try:
-        async with trio.open_nursery() as nursery:
-            # as the driver composes them
-            transfer = replace(downloads.transfer, ca_file=settings.ca_file)
-            jobs = Jobs(store, registry, replace(downloads, transfer=transfer), nursery)
-            closing.callback(jobs.close)
-            yield Node(Pulls(store, registry, jobs, PullSettings(), nursery), registry)
-            nursery.cancel_scope.cancel()
-    finally:
-        closing.close()
-        with trio.CancelScope(shield=True):
-            await registry.aclose()
-        store.close()
+    transfer = replace(downloads.transfer, ca_file=settings.ca_file)
+    used = replace(downloads, transfer=transfer)
+    async with node_parts(root, NO_CAP, registries=settings, downloads=used) as node:
+        pulls = Pulls(node.store, node.registry, node.jobs, PullSettings(), node.nursery)
+        yield Node(pulls, node.registry)
 
 
 def in_node(

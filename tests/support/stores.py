@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fetcher.modelpack import Layer
+    from fetcher.peers.client import PeerClient
     from fetcher.store import ModelTree
 
     Tell = Callable[[object], None]
@@ -119,6 +121,42 @@ def set_used(store: Store, tree: ModelTree, used: float) -> None:
         connection.execute("UPDATE models SET used = ? WHERE digest = ?", (used, str(tree.digest)))
 
 
+@dataclass(frozen=True)
+class NodeParts:
+    """What every node has; its downloads end with the block that gave it."""
+
+    store: Store
+    registry: Registry
+    jobs: Jobs
+    nursery: trio.Nursery
+
+
+@contextlib.asynccontextmanager
+async def node_parts(
+    root: Path,
+    limits: Limits,
+    *,
+    chunk_size: int = CHUNK,
+    registries: RegistrySettings = REGISTRIES,
+    downloads: DownloadSettings = QUICK,
+    peers: PeerClient | None = None,
+) -> AsyncIterator[NodeParts]:
+    """The parts of a node, as the driver composes them; they are closed whatever happens."""
+    store = Store.open(root, chunk_size, limits)
+    registry, closing = Registry(registries), contextlib.ExitStack()
+    try:
+        async with trio.open_nursery() as nursery:
+            jobs = Jobs(store, registry, downloads, nursery, peers)
+            closing.callback(jobs.close)
+            yield NodeParts(store, registry, jobs, nursery)
+            nursery.cancel_scope.cancel()
+    finally:
+        closing.close()
+        with trio.CancelScope(shield=True):
+            await registry.aclose()
+        store.close()
+
+
 @contextlib.asynccontextmanager
 async def pulling(
     root: Path,
@@ -127,21 +165,12 @@ async def pulling(
     chunk_size: int = CHUNK,
     registries: RegistrySettings = REGISTRIES,
 ) -> AsyncIterator[tuple[Pulls, Store]]:
-    """The parts of a node that pull, as the driver composes them."""
-    store = Store.open(root, chunk_size, limits)
-    registry, closing = Registry(registries), contextlib.ExitStack()
-    try:
-        async with trio.open_nursery() as nursery:
-            jobs = Jobs(store, registry, QUICK, nursery)
-            closing.callback(jobs.close)
-            lists = ChunkLists(store, registry, chunk_size)
-            yield Pulls(store, registry, jobs, settings or PullSettings(), nursery, lists), store
-            nursery.cancel_scope.cancel()
-    finally:
-        closing.close()
-        with trio.CancelScope(shield=True):
-            await registry.aclose()
-        store.close()
+    """The parts of a node that pull."""
+    async with node_parts(root, limits, chunk_size=chunk_size, registries=registries) as node:
+        lists = ChunkLists(node.store, node.registry, chunk_size)
+        used = settings or PullSettings()
+        pulls = Pulls(node.store, node.registry, node.jobs, used, node.nursery, lists)
+        yield pulls, node.store
 
 
 async def pull(pulls: Pulls, reference: str, selection: Selection = EVERYTHING) -> ModelTree:
