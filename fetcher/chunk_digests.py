@@ -122,6 +122,15 @@ class ChunkHasher:
             if self.length % self._chunk_size == 0 and self.length < self._size:
                 self._values += self._running.value
 
+    def rewind(self, number: int) -> None:
+        """Go back to the begin of chunk ``number``, which was reached before."""
+        width = VALUE_BYTES[self._digest.algorithm]
+        start = number * self._chunk_size
+        value = bytes(self._values[(number - 1) * width : number * width]) if number else None
+        self._running = Sha2(self._digest.algorithm, value, start)
+        del self._values[number * width :]
+        self.length = start
+
     def finish(self) -> BlobChunks:
         """The chunk digests. Raises :class:`DigestMismatch` where the bytes were not the blob."""
         if self.length != self._size or self._running.hexdigest() != self._digest.hex:

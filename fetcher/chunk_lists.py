@@ -7,6 +7,7 @@ time: what was found, and that nothing was, is remembered.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from fetcher.sha2 import is_available
 from fetcher.store.lists import ListRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from fetcher.chunk_digests import BlobChunks
     from fetcher.credentials import Keychain
@@ -57,16 +58,15 @@ class KnownList:
     digests: ChunkDigests
     reference: Reference
     model: Digest
-    _lists: ChunkLists = field(repr=False, compare=False)
+    contradicted: Callable[[], None] = field(repr=False, compare=False)
+    """To be called when the registry's own bytes were others than it says: it is used no more."""
+    is_hearsay: bool = False
+    """Whether it is a peer's: then nothing is shown to anybody by its word."""
 
     @property
-    def name(self) -> str:
-        """The registry and the repository whose list it is."""
-        return self.reference.name
-
-    def contradicted(self) -> None:
-        """The registry's own bytes were others than it says: it is not used any more."""
-        self._lists.contradicted(self.reference, self.model)
+    def name(self) -> str | None:
+        """The registry and the repository whose list it is; None of hearsay."""
+        return None if self.is_hearsay else self.reference.name
 
 
 class ChunkLists:
@@ -102,7 +102,11 @@ class ChunkLists:
             logger.info("no chunk digests of %s: %s", reference, error.message)
             self._miss(reference, model, _FAILED_SECONDS)
             return None
-        return None if found is None else KnownList(found, reference, model.digest, self)
+        return None if found is None else self._known(found, reference, model)
+
+    def _known(self, found: ChunkDigests, reference: Reference, model: Model) -> KnownList:
+        contradicted = functools.partial(self.contradicted, reference, model.digest)
+        return KnownList(found, reference, model.digest, contradicted)
 
     def known(self, reference: Reference, model: Model) -> KnownList | None:
         """The list that was found before, without asking anybody."""
@@ -113,7 +117,7 @@ class ChunkLists:
             found = _read(record.body, model)
         except InvalidArtifact:
             return None
-        return KnownList(found, reference, model.digest, self)
+        return self._known(found, reference, model)
 
     async def keep(
         self, reference: Reference, model: Model, made: Mapping[Digest, BlobChunks]

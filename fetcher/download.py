@@ -110,6 +110,8 @@ class Wanted(Protocol):
 
     layer: Layer
     schedule: Schedule
+    chunks: KnownList | None
+    """What proves single chunks, if anything does."""
 
     @property
     def source(self) -> Source:
@@ -533,11 +535,17 @@ class Download:
         logger.warning("%s; it came from %s", error.message, host.netloc)
         if not error.sole:
             return
+        known = self._wanted.chunks
+        hearsay = known is not None and known.is_hearsay
         if host.mirror:
-            self._sources.lied(host.base, trio.current_time())
+            if hearsay:
+                # the registry is asked instead, and says who is right
+                self._sources.lacks(host.base)
+            else:
+                self._sources.lied(host.base, trio.current_time())
             return
         self._contradictions += 1
-        if self._contradictions >= _CONTRADICTIONS:
+        if hearsay or self._contradictions >= _CONTRADICTIONS:
             logger.warning(
                 "the chunk digests of blob %s contradict %s itself, and are not used any more",
                 self._blob.digest,

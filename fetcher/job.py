@@ -25,6 +25,7 @@ from fetcher.threads import run_stoppable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fetcher.chunk_lists import KnownList
     from fetcher.download import Download, Source
     from fetcher.modelpack import Layer
     from fetcher.schedule import Piece
@@ -76,7 +77,10 @@ class Job:
         self.trusted_name = trusted_name
         """The name by which bytes are trusted: a registry and a repository."""
         self.chunks = source.chunks
-        """What proves single chunks; of the first who knew it before the blob was begun."""
+        """What proves single chunks; of the first who knew it, but not hearsay where there is
+        better."""
+        self._contradicted = False
+        """What proved single chunks was wrong: no other one is believed."""
         self.misread = trio.Event()
         """The blob has to begin anew: see :attr:`PartialBlob.is_misread`."""
         self._indexing = trio.Lock()
@@ -113,8 +117,21 @@ class Job:
         name = source.reference.name
         self._failed.discard(name)
         self._sources[name] = source
-        if self.partial is None and self.chunks is None:
-            self.chunks = source.chunks
+        known = source.chunks
+        if known is None or self._contradicted:
+            return
+        if self.chunks is None or (self.chunks.is_hearsay and not known.is_hearsay):
+            self._take_chunks(known)
+
+    def _take_chunks(self, known: KnownList) -> None:
+        """Have chunks proven by these digests, also those that came before."""
+        if self.partial is not None:
+            digests = known.digests.of(self.layer.descriptor.digest)
+            if digests is None or not self.partial.fits(digests):
+                return
+            self.partial.expect(digests, known.name)
+            self.look_again()
+        self.chunks = known
 
     def give_up(self, source: Source) -> bool:
         """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
@@ -129,6 +146,8 @@ class Job:
         """What the registry itself sends is not what the chunk digests say: these go."""
         if self.chunks is None:
             return
+        # after hearsay the registry may yet have a list
+        self._contradicted = not self.chunks.is_hearsay
         self.chunks.contradicted()
         self.chunks = None
         if self.partial is not None:

@@ -214,7 +214,7 @@ class Jobs:
 
         async def verify() -> None:
             nonlocal right
-            right = await _verified(job, partial)
+            right = await _verified(job, download, partial)
             nursery.cancel_scope.cancel()
 
         async def begin_anew() -> None:
@@ -266,10 +266,15 @@ def _opened(store: Store, job: Job) -> PartialBlob:
     return partial
 
 
-async def _verified(job: Job, partial: PartialBlob) -> bool:
+async def _verified(job: Job, download: Download, partial: PartialBlob) -> bool:
     """Hash what comes, in order, in a thread only while something comes."""
     while True:
         right = await run_stoppable(lambda stop: partial.verify(stop, _IDLE_SECONDS))
+        if partial.is_contradicted:
+            job.contradicted()
+        elif partial.disproved:
+            download.blame_peers(partial.disproved)
+            partial.disproved = set()
         if right is not None:
             return right
         # what was there before, and proved wrong, is fetched again

@@ -62,16 +62,22 @@ class PartialBlob:
         """Headers of an archive were read that proved wrong: where its bytes lie is not known."""
         self.replaced: set[int] = set()
         """Chunks that were others than a trusted source's, when it was asked for them too."""
+        self.disproved: set[int] = set()
+        """Chunks that were there, and that digests which came later proved wrong."""
+        self.is_contradicted = False
+        """What a trusted source has sent is not what hearsay says of it."""
         self._readers = 0
         self._closed = False
         self.made: BlobChunks | None = None
         """Its chunk digests, once :meth:`verify` has found it to be right."""
         self._hashing = 0
         """The chunk that is hashed next, or is being hashed."""
-        self._hashed_wrong = False
-        """A chunk that was hashed has proved wrong since."""
+        self._hash_from: int | None = None
+        """The first chunk that was hashed and has proved wrong since."""
         self._proving: Proving | None = None
         """What proves chunks when they come, so that they need not be hashed in order."""
+        self._verifying: Proving | None = None
+        """What :meth:`verify` goes by; it takes up another one when it begins again."""
         self._trusted_name = ""
         try:
             self._chunks = ChunkMap(chunks, size, chunk_size, place.form)
@@ -142,30 +148,35 @@ class PartialBlob:
             self._chunks.trust(name)
         self._trusted_name = name
 
-    def expect(self, chunks: BlobChunks | None, name: str = "") -> bool:
-        """Check each chunk that comes from now on; whether the chunk digests are of use here.
+    def expect(self, chunks: BlobChunks | None, name: str | None = None) -> bool:
+        """Check each chunk that comes from now on, and in :meth:`verify` those that are there;
+        whether the chunk digests are of use here.
 
         They are from the registry and repository ``name``, and what they prove is trusted as a part
-        of that name. None: do not any more, as they proved wrong; everything is hashed then.
+        of that name; without a name they are hearsay, and nothing is trusted by it. None: do not
+        any more, as they proved wrong; everything is hashed then.
         """
-        fits = chunks is not None and (chunks.digest, chunks.size, chunks.chunk_size) == (
-            self.digest,
-            self.size,
-            self.chunk_size,
-        )
-        before = self._proving
+        before, fits = self._proving, chunks is not None and self.fits(chunks)
         self._proving = Proving(chunks, name) if chunks is not None and fits else None
+        self.is_contradicted = False
         for number in () if before is None else before.vouched():
             # who is to be believed no more has let it pass
             self.drop(number)
         self.verify_anew()
         return fits
 
+    def fits(self, chunks: BlobChunks) -> bool:
+        """Whether chunk digests are of chunks as they are here."""
+        theirs = chunks.digest, chunks.size, chunks.chunk_size
+        return theirs == (self.digest, self.size, self.chunk_size)
+
     @property
     def is_proving(self) -> bool:
         """Whether each chunk that comes is trusted, whoever sends it: its own digest proves it."""
         proving = self._proving
-        return proving is not None and proving.name == self._trusted_name
+        if proving is None or proving.name is None:
+            return False
+        return proving.name == self._trusted_name
 
     def fill(self, number: int) -> tuple[int, bool]:
         """How many bytes of a chunk that is not there have been written, and whether framed."""
@@ -185,28 +196,27 @@ class PartialBlob:
 
     def verify(self, stop: threading.Event, patience: float = math.inf) -> bool | None:
         """Follow the arriving chunks in order and hash them; whether the whole is what it should
-        be, or None if the next chunk did not come within ``patience`` seconds: called again, it
-        goes on at :attr:`hashing`.
+        be, or None if chunks proved wrong, or the next one did not come within ``patience``
+        seconds: called again, it goes on at :attr:`hashing`.
 
         Reads while the bytes are still in the page cache, and moves framed chunks on the way.
         Raises :class:`fetcher.threads.Stopped` and :class:`ModelError`.
         """
         buffer = memoryview(bytearray(min(_VERIFY_BYTES, max(self.size, 1))))
         with self._map_errors():
-            while self._hashing < self._chunks.count or self._hashed_wrong:
-                if self._hashed_wrong:
-                    self._hash_anew()
+            while self._hashing < self._chunks.count or self._hash_from is not None:
+                if not self._hash_anew(buffer, stop):
+                    return None
+                if self._hashing == self._chunks.count:
+                    continue
                 if not self._wait_for(self._hashing, stop, patience):
                     return None
-                if self._proving is not None:
-                    if not self._recheck(self._proving, self._hashing, buffer, stop):
-                        continue
+                if self._verifying is not None:
+                    if not self._recheck(self._verifying, self._hashing, buffer, stop):
+                        return None
                 elif not self._hash(self._hashing, buffer, stop):
                     return False  # the file is shorter than its map says
                 self._hashing += 1
-        proving = self._proving
-        if proving is not None:
-            return proving.is_complete
         return self._is_right()
 
     def _new_hasher(self) -> ChunkHasher | Hasher:
@@ -215,14 +225,19 @@ class PartialBlob:
             return ChunkHasher(self.digest, self.size, self.chunk_size)
         return self.digest.hasher()
 
-    def _is_right(self) -> bool:
-        """Whether all that was hashed is what it should be."""
+    def _is_right(self) -> bool | None:
+        """Whether all that was hashed is what it should be; None where some of it just went."""
+        proving = self._verifying
+        if proving is not None:
+            self.made = proving.chunks if proving.is_complete else None
+            return None if self.made is None else True
         if not isinstance(self._hasher, ChunkHasher):
             return self._hasher.hexdigest() == self.digest.hex
         try:
             self.made = self._hasher.finish()
         except DigestMismatch:
-            self.verify_anew()
+            # the values before the last chunk are there still
+            self.verify_anew(self._chunks.count - 1)
             return False
         return True
 
@@ -231,14 +246,63 @@ class PartialBlob:
         """The chunk that is hashed next; the number of chunks at the end."""
         return self._hashing
 
-    def verify_anew(self) -> None:
-        """Let :meth:`verify` begin again: bytes that it has seen were replaced."""
-        self._hashed_wrong = True
+    def verify_anew(self, first: int = 0) -> None:
+        """Let :meth:`verify` begin again at chunk ``first``: bytes that it has seen were replaced.
 
-    def _hash_anew(self) -> None:
-        self._hashed_wrong = False
-        self._hasher = self._new_hasher()
-        self._hashing = 0
+        Where it cannot, it begins at the first one.
+        """
+        with self._arrival:
+            self._hash_from = first if self._hash_from is None else min(first, self._hash_from)
+
+    def _hash_anew(self, buffer: memoryview, stop: threading.Event) -> bool:
+        """Go back to the first chunk that has to be hashed again, if there is one; what is there is
+        looked at where its digests came meanwhile. Whether all that is there is right so far.
+        """
+        with self._arrival:
+            first, self._hash_from = self._hash_from, None
+        if first is None:
+            return True
+        before, self._verifying = self._verifying, self._proving
+        if self._verifying is not None or before is not None:
+            first = 0
+        if isinstance(self._hasher, ChunkHasher) and 0 < first <= self._hashing:
+            self._hasher.rewind(first)
+            self._hashing = first
+        else:
+            self._hasher, self._hashing = self._new_hasher(), 0
+        return self._verifying is None or self._sift(self._verifying, buffer, stop)
+
+    def _sift(self, proving: Proving, buffer: memoryview, stop: threading.Event) -> bool:
+        """Look at all chunks that are there and were not proven; whether none of them is wrong."""
+        right = True
+        for number in range(self.count):
+            if stop.is_set():
+                self.verify_anew()
+                raise Stopped
+            if self.has(number) and not proving.has(number) and not self.is_contradicted:
+                right &= self._judge(proving, number, buffer)
+        return right
+
+    def _judge(self, proving: Proving, number: int, buffer: memoryview) -> bool:
+        """Whether a chunk that is there is right, which makes it a trusted one if what proves it
+        is trusted; one that is wrong is dropped.
+
+        Hearsay against what a trusted source has sent is not followed.
+        """
+        trusted, framed = self.is_trusted(number), self._chunks.is_framed(number)
+        if not proving.check(number, self._blocks(number, buffer, framed=framed)):
+            if trusted and proving.name is None:
+                self.is_contradicted = True
+            else:
+                self.disproved.add(number)
+                self.drop(number)
+            return False
+        if proving.name is not None and proving.name == self._trusted_name:
+            self.mark_trusted(number)
+        if proving is not self._proving and proving.is_vouched(number):
+            # it was given up meanwhile
+            self.drop(number)
+        return True
 
     def _hash(self, number: int, buffer: memoryview, stop: threading.Event) -> bool:
         """Hash one chunk that is there, if all of it is there, and move it where it belongs."""
@@ -246,7 +310,7 @@ class PartialBlob:
         left = len(chunk)
         for block in self._blocks(number, buffer, framed=framed):
             if stop.is_set():
-                self.verify_anew()
+                self.verify_anew(number)
                 raise Stopped
             self._hasher.update(block)
             left -= len(block)
@@ -264,8 +328,7 @@ class PartialBlob:
         if not proving.has(number):
             if stop.is_set():
                 raise Stopped
-            if not proving.check(number, self._blocks(number, buffer, framed=framed)):
-                self.drop(number)
+            if not self._judge(proving, number, buffer):
                 return False
         if framed:
             self._settle(number, self.chunk(number))
@@ -414,7 +477,7 @@ class PartialBlob:
         with self._map_errors():
             if proving is not None:
                 self._prove(proving, number, framed=framed, trusted=trusted)
-                trusted |= proving.name == self._trusted_name
+                trusted |= proving.name is not None and proving.name == self._trusted_name
             self._chunks.mark(number, framed=framed, trusted=trusted)
             self._place.arrived(chunk, framed=framed)
         with self._arrival:
@@ -447,17 +510,22 @@ class PartialBlob:
         Raises :class:`ModelError`.
         """
         chunk = self.chunk(number)
+        proving = self._proving
         with self._map_errors(), self._moves:
+            if not self.has(number):
+                # two came to the same conclusion
+                return False
             framed = self._chunks.is_framed(number)
             self._chunks.unmark(number)
-            if self._proving is not None:
-                self._proving.forget(number)
+            if proving is not None:
+                proving.forget(number)
         self.is_misread |= any(
             piece.start < chunk.stop and chunk.start < piece.stop for piece in self._place.headers()
         )
         with self._arrival:
             self.done -= len(chunk)
-            self._hashed_wrong |= number <= self._hashing
+        if number <= self._hashing:
+            self.verify_anew(number)
         return framed
 
     def drop_untrusted(self, _: threading.Event) -> None:

@@ -192,9 +192,11 @@ class ChunkMap:
             self._set(chunk, self._states[chunk] & ~FRAMED)
 
     def mark_trusted(self, chunk: int) -> None:
-        """Say that the bytes of a chunk that is there are trusted. Raises :class:`OSError`."""
+        """Say that the bytes of a chunk are trusted, if it is there still. Raises
+        :class:`OSError`."""
         with self._lock:
-            self._set(chunk, self._states[chunk] | TRUSTED)
+            if self._states[chunk]:
+                self._set(chunk, self._states[chunk] | TRUSTED)
 
     def unmark(self, chunk: int) -> None:
         """Say that a chunk is not there: its bytes proved wrong, from the first one on.

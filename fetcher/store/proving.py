@@ -20,10 +20,12 @@ class Proving:
     Several threads may check different chunks at the same time.
     """
 
-    def __init__(self, chunks: BlobChunks, name: str) -> None:
-        """``name`` is the registry and repository that the digests are from."""
+    def __init__(self, chunks: BlobChunks, name: str | None) -> None:
+        """``name`` is the registry and repository that the digests are from; None where they are
+        hearsay, for which nothing is shown to anybody.
+        """
         self.name = name
-        self._chunks = chunks
+        self.chunks = chunks
         self._proven = bytearray(chunks.count)
 
     def check(
@@ -33,17 +35,17 @@ class Proving:
 
         ``alone`` says that nothing else speaks for them.
         """
-        right = self._chunks.check(number, blocks)
+        right = self.chunks.check(number, blocks)
         self._proven[number] = (_ALONE if alone else _PROVEN) if right else 0
         return right
 
     def is_vouched(self, number: int) -> bool:
-        """Whether nothing but its digest speaks for a chunk."""
-        return self._proven[number] == _ALONE
+        """Whether a chunk may have been shown, and nothing but its digest speaks for it."""
+        return self.name is not None and self._proven[number] == _ALONE
 
     def vouched(self) -> list[int]:
-        """The chunks for which nothing but their digests speaks."""
-        return [number for number, proven in enumerate(self._proven) if proven == _ALONE]
+        """The chunks of which that is true."""
+        return [number for number in range(len(self._proven)) if self.is_vouched(number)]
 
     def has(self, number: int) -> bool:
         """Whether a chunk was proven."""
