@@ -32,7 +32,7 @@ _WINDOW: Final = 256
 _PATIENCE: Final = 30.0
 """Seconds for which all who have a chunk may be busy, before the registry is asked."""
 _LITTLE_PATIENCE: Final = 3.0
-"""The same, where no peer has sent any of the blob lately: nobody may ever."""
+"""The same, where no peer has sent anything lately: nobody may ever."""
 _CROWD: Final = 50
 """Members of a zone for which one is a second more patient."""
 _LATELY: Final = 10.0
@@ -61,10 +61,13 @@ class Appetite:
     """How many requests of the node may be under way."""
 
     of_one_peer: int = 2
-    of_peers: int = 8
+    of_peers: int = 10
     """To all of them together. More would fill a link no better, and share its queue."""
-    of_registry: int = 2
-    """For chunks that this node owns."""
+    of_registry: int = 8
+    """For chunks that the members of a zone own, by all of them together, but one by each.
+
+    A node that has more of its own than of the others' makes them wait for each other in the end.
+    """
     of_registry_alone: int = 8
     """For all chunks, while those who own them cannot be asked."""
 
@@ -135,8 +138,6 @@ class BlobChoice:
     _elsewhere: dict[tuple[str, int], float] = field(default_factory=dict)
     """Until when members are not asked for chunks for which they named somebody else."""
     _waiting_since: dict[int, float] = field(default_factory=dict)
-    _served_at: float = float("-inf")
-    """When a peer sent some of it last."""
     _distrusted: set[str] = field(default_factory=set)
     """Members that passed on wrong bytes of this blob."""
 
@@ -212,7 +213,7 @@ class BlobChoice:
         able = self._others(chunk, now, excepted)
         if not able:
             # as if there were no peers
-            most = self.appetite.of_registry_alone if line else self.appetite.of_registry
+            most = self.appetite.of_registry_alone if line else self._of_registry
             return Pick(chunk, None) if self.standings.of_registry < most else None
         if is_full:
             return None
@@ -285,17 +286,18 @@ class BlobChoice:
         return self.standings.of(member.name).under_way < self.appetite.of_one_peer
 
     def _may_ask_registry(self) -> bool:
-        return self.standings.of_registry < self.appetite.of_registry
+        return self.standings.of_registry < self._of_registry
+
+    @property
+    def _of_registry(self) -> int:
+        """This node's part of the requests for what each owns."""
+        return max(round(self.appetite.of_registry / (len(self.members.nearby) + 1)), 1)
 
     def _has_waited(self, chunk: int, now: float) -> bool:
         # among thousands that begin together the first chunks take a while to come to everybody
         little = min(_LITTLE_PATIENCE + len(self.members.nearby) / _CROWD, _PATIENCE)
-        patience = _PATIENCE if now - self._served_at < _LATELY else little
+        patience = _PATIENCE if now - self.standings.served_at < _LATELY else little
         return now - self._waiting_since.setdefault(chunk, now) >= patience
-
-    def serves(self, now: float) -> None:
-        """A peer has begun to send some of the blob."""
-        self._served_at = now
 
     def _cost(self, member: Member, line: Sequence[Member]) -> float:
         """The less we ask of it, and the less it has to do at all, the better."""

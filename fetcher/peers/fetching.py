@@ -51,7 +51,7 @@ _JUDGED_SECONDS: Final = 1.5
 _MOST_DOUBTS: Final = 2
 _MOST_LOAD: Final = 64
 """Uploads at one time that are believed of a peer: what it says of itself must not excuse it."""
-_LONGEST_PAUSE: Final = 2.0
+_LONGEST_PAUSE: Final = 0.5
 """Between two looks for somebody who is not busy."""
 _SHOWN_SECONDS: Final = 5.0
 """For how long an authorization is taken to be what would be shown, without another look."""
@@ -103,6 +103,8 @@ class _Work:
     """The members that were asked, and whether they said that they have all of the blob."""
     wrong: set[str] = field(default_factory=set)
     """Who may have sent the wrong bytes that came of it before."""
+    is_left: bool = False
+    """Nobody could be asked for what is left of it."""
 
 
 class PeerFetching:
@@ -171,7 +173,11 @@ class PeerFetching:
     # -- one chunk ---------------------------------------------------------------------------------
 
     async def fetch(self, piece: Piece, sink: ChunkSink, pick: Pick) -> None:
-        """Fetch a chunk that was :meth:`chosen`. Raises :class:`ModelError` where nobody has it."""
+        """Fetch a chunk that was :meth:`chosen`; what is left of it where all that could be asked
+        have to be waited for is to be chosen again.
+
+        Raises :class:`ModelError` where nobody has it.
+        """
         wrong: set[str] = set()
         first: Pick | None = pick
         while sink.remaining:
@@ -180,6 +186,8 @@ class PeerFetching:
                 nursery.start_soon(self._bring, work, work.rope.first, first)
             if work.failure is not None:
                 raise work.failure
+            if work.is_left:
+                return
             first = None
         self._chosen.came(pick.chunk)
 
@@ -190,6 +198,10 @@ class PeerFetching:
             while strand.remaining:
                 if pick is None:
                     pick = self._again(work)
+                    if pick is None and not (work.wrong or work.rope.is_split):
+                        # others are better off with the room for a request than one that waits
+                        work.is_left = True
+                        return
                     if pick is None:
                         await trio.sleep(pause)
                         pause = min(pause * 1.5, _LONGEST_PAUSE)
@@ -298,7 +310,7 @@ class PeerFetching:
         standings, now = self._client.standings, trio.current_time()
         if status < 400:
             standings.answered(member.name, now - flow.since)
-            self._chosen.serves(now)
+            standings.served_at = now
         load = headers.get(protocol.LOAD.lower(), "")
         if load.isascii() and load.isdigit() and len(load) < 6:
             standings.told(member.name, min(int(load), _MOST_LOAD))

@@ -41,6 +41,7 @@ class Standing:
     """Our requests to it."""
     load: int = 0
     """Uploads of which it told last, to whomever."""
+    has_told: bool = False
     latency: float = 0.0
     """Seconds to the first byte."""
     failures: int = 0
@@ -70,6 +71,8 @@ class Standings:
     """Our requests to all peers."""
     of_registry: int = 0
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
+    served_at: float = _NEVER
+    """When a peer began to send something last."""
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -120,7 +123,8 @@ class Standings:
 
     def told(self, name: str, load: int) -> None:
         """So many uploads are under way there."""
-        self.of(name).load = min(load, _MOST_LOAD)
+        one = self.of(name)
+        one.load, one.has_told = min(load, _MOST_LOAD), True
 
     def answered(self, name: str, seconds: float) -> None:
         """Its first byte took so long. Whether the others come is to be seen."""
@@ -165,10 +169,14 @@ class Standings:
             self.counts["slow"] += 1
             one.slow_until = now + _SLOW_REST * 2.0 ** min(one.slow_times - 1, 4)
 
-    def spare(self, names: Iterable[str]) -> int:
-        """More uploads than this a peer among these need not have: there are less busy ones."""
-        loads = [one.load for name in names if (one := self._peers.get(name)) is not None]
-        return round(sum(loads) / max(len(loads), 1)) + 1
+    def spare(self, names: Iterable[str]) -> int | None:
+        """More uploads than this a peer among these need not have: there are less busy ones.
+
+        None while none of them has told of its own.
+        """
+        known = (one for name in names if (one := self._peers.get(name)) is not None)
+        loads = [one.load for one in known if one.has_told]
+        return round(sum(loads) / len(loads)) + 1 if loads else None
 
     def failed(self, name: str, now: float, started: float) -> float:
         """A request that began at ``started`` failed by the peer's fault. How long it rests.

@@ -39,6 +39,11 @@ class Rope:
         self.first = Strand(self, wanted)
         self._strands = [self.first]
 
+    @property
+    def is_split(self) -> bool:
+        """Whether several sources bring parts of it, or of what is left."""
+        return len(self._strands) > 1
+
     def is_front(self, strand: Strand) -> bool:
         """Whether it is this one's turn to be written."""
         return self._strands[0] is strand

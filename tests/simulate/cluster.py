@@ -238,7 +238,7 @@ class Node:
         self.uploads += 1
         self.most_uploads = max(self.most_uploads, self.uploads)
         asker.standings.answered(name, 0.0)
-        choice.serves(now)
+        asker.standings.served_at = now
         return found
 
     def _is_busy(self, asker: Node, blob: int, chunk: int, *, is_first: bool) -> bool:
@@ -247,7 +247,7 @@ class Node:
         handed.rotate()
         other = next((one for one in handed if one != asker.member.name), None)
         spare = asker.standings.spare(one.name for one in asker.members.nearby[:64])
-        if other is not None and is_first and self.uploads > spare:
+        if other and is_first and spare is not None and self.uploads > spare:
             choice.named(self.member, chunk, other, now)
             return True
         if self.uploads < _UPLOADS:

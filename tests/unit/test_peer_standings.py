@@ -41,3 +41,13 @@ def test_who_lied_is_banned_longer_each_time_and_counted() -> None:
     assert standings.is_usable("a", 601.0)
     assert standings.lied("a", 601.0) == 1200.0
     assert standings.counts["banned"] == standings.counts["wrong"] == 2
+
+
+def test_who_is_spared_is_known_once_peers_have_told() -> None:
+    standings = Standings()
+    standings.began("one")
+    assert standings.spare(["one", "two"]) is None
+    standings.told("one", 3)
+    assert standings.spare(["one", "two"]) == 4
+    standings.told("two", 5)
+    assert standings.spare(["one", "two"]) == 5
