@@ -3,6 +3,11 @@
 A peer has no rights of its own here: it passes on what it would show to the registry, and the
 registry is asked with that and nothing else. What it says is remembered for a short time, and for a
 longer one where the registry cannot be reached meanwhile.
+
+Rights are by repository (distribution specification, "Token Scope": ``repository:name:pull``). So
+each answer says two things: that this asker may read the repository, and that the repository has
+this content. Whoever may read one that has what he asks for is not asked about again: many askers
+of many layers cost a question for each asker and for each layer, and not for each pair.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import hashlib
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -29,7 +34,11 @@ _FRESH_SECONDS: Final = 60.0
 _STALE_SECONDS: Final = 600.0
 _MAX_KNOWN: Final = 65_536
 
-_Key = tuple[str, str, bytes]
+_T = TypeVar("_T")
+_Reader = tuple[str, bytes]
+"""A repository, by name, and what stands for what an asker shows."""
+_Content = tuple[str, str]
+"""A repository and a blob or a manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +59,12 @@ class Asker:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """The registry's word, and when it was given."""
+class _Word:
+    """The registry's word, and when it was asked for."""
 
-    size: int | None
-    told: float
+    asked: float
+    size: int | None = None
+    """Of a blob, where it says so."""
 
 
 class Rights:
@@ -69,8 +79,14 @@ class Rights:
         self._registry = registry
         self._fresh = fresh
         self._stale = stale
-        self._known: OrderedDict[_Key, _Known] = OrderedDict()
-        self._asking: weakref.WeakValueDictionary[_Key, trio.Lock] = weakref.WeakValueDictionary()
+        self._readers: OrderedDict[_Reader, _Word] = OrderedDict()
+        """Who was let read something of a repository."""
+        self._contents: OrderedDict[_Content, _Word] = OrderedDict()
+        """What repositories have, whoever was told."""
+        self._asking: weakref.WeakValueDictionary[_Reader | _Content, trio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        """Held while something that is not known of one is asked for."""
 
     async def blob(self, asker: Asker) -> int | None:
         """Return once the registry lets the asker read the blob of its reference: the blob's size,
@@ -102,34 +118,61 @@ class Rights:
         self, asker: Asker, what: str, ask: Callable[[], Awaitable[int | None]]
     ) -> int | None:
         """The registry's word, asked for once however many wait for it."""
-        key = asker.reference.name, what, _fingerprint(asker.authorization)
-        async with self._asking.setdefault(key, trio.Lock()):
-            known = self._recall(key, self._fresh)
-            if known is None:
-                known = await self._ask(key, ask)
-            return known.size
+        name = asker.reference.name
+        reader, content = (name, _fingerprint(asker.authorization)), (name, what)
+        while True:
+            known = self._recall(reader, content, self._fresh)
+            if known is not None:
+                return known.size
+            # what is asked about one content says about the others that this asker may read them
+            may_read = self._may_read(reader)
+            gap = content if may_read else reader
+            async with self._asking.setdefault(gap, trio.Lock()):
+                told = self._recall(reader, content, self._fresh)
+                if told is None and self._may_read(reader) == may_read:
+                    return (await self._ask(reader, content, ask)).size
 
-    async def _ask(self, key: _Key, ask: Callable[[], Awaitable[int | None]]) -> _Known:
+    def _may_read(self, reader: _Reader) -> bool:
+        return self._is_fresh(self._readers.get(reader), self._fresh)
+
+    async def _ask(
+        self, reader: _Reader, content: _Content, ask: Callable[[], Awaitable[int | None]]
+    ) -> _Word:
+        asked = trio.current_time()
         try:
-            size = await ask()
-        except (Unauthenticated, AccessDenied, NotFound):
-            self._known.pop(key, None)
+            word = _Word(asked, await ask())
+        except (Unauthenticated, AccessDenied):
+            self._readers.pop(reader, None)
+            raise
+        except NotFound:
+            # which may be how a registry refuses, too
+            self._readers.pop(reader, None)
+            self._contents.pop(content, None)
             raise
         except Unavailable:
-            known = self._recall(key, self._stale)
+            known = self._recall(reader, content, self._stale)
             if known is None:
                 raise
             return known
-        known = _Known(size, trio.current_time())
-        self._known[key] = known
-        self._known.move_to_end(key)
-        while len(self._known) > _MAX_KNOWN:
-            self._known.popitem(last=False)
-        return known
+        _keep(self._readers, reader, word)
+        _keep(self._contents, content, word)
+        return word
 
-    def _recall(self, key: _Key, seconds: float) -> _Known | None:
-        known = self._known.get(key)
-        return known if known and trio.current_time() < known.told + seconds else None
+    def _recall(self, reader: _Reader, content: _Content, seconds: float) -> _Word | None:
+        """What is known of a content, where both halves are not older than that."""
+        found = self._contents.get(content)
+        may_read = self._is_fresh(self._readers.get(reader), seconds)
+        return found if may_read and self._is_fresh(found, seconds) else None
+
+    def _is_fresh(self, word: _Word | None, seconds: float) -> bool:
+        return word is not None and trio.current_time() < word.asked + seconds
+
+
+def _keep(known: OrderedDict[_T, _Word], key: _T, word: _Word) -> None:
+    known[key] = word
+    known.move_to_end(key)
+    while len(known) > _MAX_KNOWN:
+        known.popitem(last=False)
 
 
 def _fingerprint(authorization: str | None) -> bytes:

@@ -60,12 +60,15 @@ class Fault:
     """Or: what to do to the real registry's answer."""
     times: int = 1_000_000
     method: str | None = None
+    shown: str | None = None
+    """Only where this ``Authorization`` is shown."""
     drop: bool = False
     """Or: close the connection without an answer."""
 
     def fits(self, noted: Noted) -> bool:
         right_method = self.method in (None, noted.method)
-        return self.times > 0 and self.where in noted.path and right_method
+        right_asker = self.shown in (None, noted.authorization)
+        return self.times > 0 and self.where in noted.path and right_method and right_asker
 
 
 @dataclass
