@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from csi.server import Service
     from fetcher.credentials import Keychain
     from fetcher.peers.blobs import Ownership
+    from fetcher.peers.client import PeerClient
     from fetcher.peers.server import PeerServer
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 find_peers(config, others.members, downloads)
             jobs = Jobs(store, registry, settings, downloads, others)
             closing.callback(jobs.close)
-            lists = chunk_lists(config, store, registry)
+            lists = chunk_lists(config, store, registry, others)
             pulls = Pulls(store, registry, jobs, pull_settings(config), downloads, lists)
             records = VolumeRecords(store.database)
             folders = Folders.of(store.root)
@@ -234,11 +235,18 @@ def peer_server(
     return make_server(config, store, registry, jobs, policy, ownership, nursery)
 
 
-def chunk_lists(config: Config, store: Store, registry: Registry) -> ChunkLists | None:
+def chunk_lists(
+    config: Config, store: Store, registry: Registry, others: PeerClient | None
+) -> ChunkLists | None:
     """Where lists of chunk digests are found, if they are used."""
     if config.chunk_digests == "ignore":
         return None
-    return ChunkLists(store, registry, config.chunk_size)
+    if others is None:
+        return ChunkLists(store, registry, config.chunk_size)
+    # here, as every command would start slower with it
+    from fetcher.peers.lists import PeerLists
+
+    return ChunkLists(store, registry, config.chunk_size, peers=PeerLists(others, registry))
 
 
 def limits(config: Config) -> Limits:

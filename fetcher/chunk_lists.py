@@ -11,7 +11,7 @@ import functools
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 import trio
@@ -69,16 +69,37 @@ class KnownList:
         return None if self.is_hearsay else self.reference.name
 
 
+class AskingPeers(Protocol):
+    """Lists of other members; :class:`fetcher.peers.lists.PeerLists` has them."""
+
+    async def follow(
+        self,
+        reference: Reference,
+        model: Model,
+        keychain: Keychain,
+        chunk_size: int,
+        offer: Callable[[KnownList], None],
+    ) -> None:
+        """Have ``offer`` called with a list of the model once there is one."""
+
+
 class ChunkLists:
     """The lists that this node knows. Belongs to the trio thread."""
 
     def __init__(
-        self, store: Store, registry: Registry, chunk_size: int, patience: float = 3.0
+        self,
+        store: Store,
+        registry: Registry,
+        chunk_size: int,
+        patience: float = 3.0,
+        peers: AskingPeers | None = None,
     ) -> None:
-        """``patience`` is how long a list is waited for, in seconds.
+        """``patience`` is how long a list is waited for, in seconds; ``peers`` are asked beside the
+        download where the registry has none.
 
         Of several lists the one with chunks of ``chunk_size`` bytes is preferred.
         """
+        self._peers = peers
         self._store = store
         self._records = store.lists
         self._registry = registry
@@ -107,6 +128,17 @@ class ChunkLists:
     def _known(self, found: ChunkDigests, reference: Reference, model: Model) -> KnownList:
         contradicted = functools.partial(self.contradicted, reference, model.digest)
         return KnownList(found, reference, model.digest, contradicted)
+
+    async def follow(
+        self,
+        reference: Reference,
+        model: Model,
+        keychain: Keychain,
+        offer: Callable[[KnownList], None],
+    ) -> None:
+        """Have ``offer`` called with what peers send of a model, as long as it is of use."""
+        if self._peers is not None and is_available():
+            await self._peers.follow(reference, model, keychain, self._chunk_size, offer)
 
     def known(self, reference: Reference, model: Model) -> KnownList | None:
         """The list that was found before, without asking anybody."""

@@ -31,6 +31,7 @@ from fetcher.errors import (
 )
 from fetcher.peers.choice import Pick
 from fetcher.peers.fetching import PeerFetching
+from fetcher.peers.showing import shown_for
 from fetcher.peers.strands import Strand
 from fetcher.probe import Probe
 from fetcher.ranges import Range
@@ -43,6 +44,7 @@ from fetcher.transport import LEAST_SPEED, TransferSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from fetcher.chunk_digests import BlobChunks
     from fetcher.chunk_lists import KnownList
     from fetcher.credentials import Keychain
     from fetcher.hosts import Host
@@ -247,6 +249,16 @@ class Download:
         if self._peers is not None:
             self._peers.blame(chunks)
 
+    def suspect_peers(self, chunks: Iterable[int]) -> None:
+        """These chunks were others than what hearsay says of them."""
+        if self._peers is not None:
+            self._peers.suspect(chunks)
+
+    def judge_peers(self, *, hearsay_is_right: bool) -> None:
+        """It is known now whether hearsay was right, by which peers were suspected."""
+        if self._peers is not None:
+            self._peers.judge(hearsay_is_right=hearsay_is_right)
+
     def _move_on(self, source: Source) -> bool:
         """Whether somebody else who asked for the blob named another source of it."""
         moved = self._wanted.give_up(source)
@@ -375,16 +387,18 @@ class Download:
         gave this node for it. Raises :class:`ModelError`.
         """
         source = self._wanted.source
-        hosts = await self._registry.hosts(source.reference)
-        access = await self._registry.blob_access(
-            source.reference, self._blob.digest, source.keychain, host=hosts.server, renew=renew
+        shown = await shown_for(
+            self._registry, source.reference, self._blob.digest, source.keychain, renew=renew
         )
-        if not hosts.server.is_own:
-            # what somebody else is shown is nothing for peers, which ask the registry by its name
-            return source.reference, None
-        ours = set(access.hop.headers) - set(hosts.server.headers)
-        shown = (text for name, text in ours if name.lower() == "authorization")
-        return source.reference, next(shown, None)
+        return source.reference, shown
+
+    @property
+    def hearsay(self) -> BlobChunks | None:
+        """What speaks of single chunks, where that is no more than some peer's word."""
+        known = self._wanted.chunks
+        if known is None or not known.is_hearsay:
+            return None
+        return known.digests.of(self._blob.digest)
 
     @property
     def hops(self) -> int:
@@ -533,19 +547,18 @@ class Download:
         it. The registry itself is asked once more, and then believed.
         """
         logger.warning("%s; it came from %s", error.message, host.netloc)
-        if not error.sole:
+        if not error.sole or error.hearsay is not self.hearsay:
+            # by what is not gone by any more, nobody is judged
             return
-        known = self._wanted.chunks
-        hearsay = known is not None and known.is_hearsay
         if host.mirror:
-            if hearsay:
+            if error.hearsay is not None:
                 # the registry is asked instead, and says who is right
                 self._sources.lacks(host.base)
             else:
                 self._sources.lied(host.base, trio.current_time())
             return
         self._contradictions += 1
-        if hearsay or self._contradictions >= _CONTRADICTIONS:
+        if error.hearsay is not None or self._contradictions >= _CONTRADICTIONS:
             logger.warning(
                 "the chunk digests of blob %s contradict %s itself, and are not used any more",
                 self._blob.digest,

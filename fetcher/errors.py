@@ -7,6 +7,11 @@ are not in the tree: they stay ordinary exceptions and end as ``INTERNAL``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fetcher.chunk_digests import BlobChunks
+
 
 class ModelError(Exception):
     """Root of all errors that are meant for a user.
@@ -93,6 +98,8 @@ class ChunkMismatch(DigestMismatch):
         super().__init__(message, **context)
         self.senders: frozenset[str] = frozenset()
         """Who sent them, as the sink was told; an empty name is somebody who is not known."""
+        self.hearsay: BlobChunks | None = None
+        """What says so, where that is nobody's word who is believed."""
 
     @property
     def sole(self) -> bool:

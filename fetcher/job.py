@@ -130,6 +130,7 @@ class Job:
             if digests is None or not self.partial.fits(digests):
                 return
             self.partial.expect(digests, known.name)
+            self._acquit()
             self.look_again()
         self.chunks = known
 
@@ -152,7 +153,13 @@ class Job:
         self.chunks = None
         if self.partial is not None:
             self.partial.expect(None)
+            self._acquit()
             self.look_again()
+
+    def _acquit(self) -> None:
+        """Whoever was suspected by hearsay is so no more: that is not gone by any more."""
+        if self._download is not None:
+            self._download.judge_peers(hearsay_is_right=False)
 
     def failed(self, piece: Piece, error: ModelError) -> bool:
         """A piece cannot be had: whether that is for those who want it alone to know."""

@@ -153,6 +153,7 @@ class Jobs:
                 if right and not partial.is_misread:
                     await run_stoppable(partial.finish)
                     partial.conclude(Verdict.VERIFIED)
+                    download.judge_peers(hearsay_is_right=True)
                     store.complete_blob(layer)
                     break
                 was_shown = self._is_shown(partial) and not (doubted or partial.is_misread)
@@ -272,9 +273,10 @@ async def _verified(job: Job, download: Download, partial: PartialBlob) -> bool:
         right = await run_stoppable(lambda stop: partial.verify(stop, _IDLE_SECONDS))
         if partial.is_contradicted:
             job.contradicted()
-        elif partial.disproved:
+        else:
             download.blame_peers(partial.disproved)
-            partial.disproved = set()
+            download.suspect_peers(partial.doubted)
+            partial.disproved, partial.doubted = set(), set()
         if right is not None:
             return right
         # what was there before, and proved wrong, is fetched again

@@ -127,12 +127,19 @@ class Pull:
         for job in self.jobs.values():
             job.offer(source)
 
+    def heard(self, chunks: KnownList) -> None:
+        """Go on with the chunk digests that somebody has sent."""
+        self.chunks = chunks
+        for source in self.sources:
+            for job in self.jobs.values():
+                job.offer(source)
+
     @property
     def sources(self) -> tuple[Source, ...]:
         """Where its blobs are fetched from, one for each name, in the order of asking."""
         known = self.chunks
         return tuple(
-            replace(source, chunks=known) if known is not None and known.name == name else source
+            replace(source, chunks=known) if known and known.reference.name == name else source
             for name, source in self._sources.items()
         )
 
@@ -382,7 +389,29 @@ class Pulls:
         async def fetch(layer: Layer) -> None:
             await self._fetch_layer(pull, layer)
 
-        await for_each(missing, fetch, self._settings.blobs)
+        with self._following(pull):
+            await for_each(missing, fetch, self._settings.blobs)
+
+    @contextlib.contextmanager
+    def _following(self, pull: Pull) -> Iterator[None]:
+        """Inside the block, use the chunk digests that peers have, where the registry has none."""
+        scope = trio.CancelScope()
+        if pull.chunks is None and self._lists is not None:
+            name = f"lists of {pull.resolved.model.digest.short}"
+            self._nursery.start_soon(self._follow, pull, self._lists, scope, name=name)
+        try:
+            yield
+        finally:
+            scope.cancel()
+
+    async def _follow(self, pull: Pull, lists: ChunkLists, scope: trio.CancelScope) -> None:
+        first, model = pull.sources[0], pull.resolved.model
+        try:
+            with scope:
+                await lists.follow(first.reference, model, first.keychain, pull.heard)
+        except Exception:
+            # it only makes a pull surer: no reason for one to fail
+            logger.exception("fault of this program while asking peers for chunk digests")
 
     async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
         async with self.layouts.turn(layer):

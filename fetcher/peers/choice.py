@@ -373,6 +373,10 @@ class BlobChoice:
         """The member passed on wrong bytes: it is not asked for this blob any more."""
         self._distrusted.add(name)
 
+    def acquit(self, name: str) -> None:
+        """It did not."""
+        self._distrusted.discard(name)
+
     def came(self, chunk: int) -> None:
         """The chunk is there."""
         self._holders.pop(chunk, None)

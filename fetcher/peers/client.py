@@ -19,6 +19,7 @@ from fetcher.pacing import PacedSink
 from fetcher.peers import protocol
 from fetcher.peers.choice import Appetite
 from fetcher.peers.standings import Standings
+from fetcher.peers.wholes import Wholes
 from fetcher.registry import BlobAccess
 from fetcher.routes import Hop, Route
 from fetcher.threads import run_stoppable
@@ -83,6 +84,7 @@ class PeerClient:
     ) -> None:
         self.members = members
         self.standings = Standings()
+        self.wholes = Wholes()
         self.settings = settings
         self._token = token
         self._transfer = transfer
@@ -158,15 +160,9 @@ class PeerClient:
         tell: Callable[[int, Mapping[str, str]], None],
     ) -> BlobAccess:
         settings, reference, blob = self.settings, request.reference, request.blob
-        scheme = "http" if settings.trust is None else "https"
         registry = quote(reference.registry, safe=":")
         path = f"/v2/{reference.repository}/blobs/{blob.digest}?ns={registry}"
-        hop = Hop(
-            f"{scheme}://{member.address}{path}",
-            tuple(self._headers(request).items()),
-            settings.trust or Trust(),
-        )
-        route = Route(member.address, f"peer {member.name}", plain_http=(member.address,))
+        hop, route = self.way(member, path, self._headers(request))
         return BlobAccess(
             hop,
             route,
@@ -176,9 +172,26 @@ class PeerClient:
             on_answer=tell,
         )
 
+    def way(self, member: Member, path: str, headers: Mapping[str, str]) -> tuple[Hop, Route]:
+        """How a request of ours travels to a member."""
+        trust = self.settings.trust
+        scheme = "http" if trust is None else "https"
+        url = f"{scheme}://{member.address}{path}"
+        route = Route(member.address, f"peer {member.name}", plain_http=(member.address,))
+        return Hop(url, tuple(headers.items()), trust or Trust()), route
+
+    def shown(self, authorization: str | None) -> dict[str, str]:
+        """The headers by which a member knows who asks, and what the registry would be shown."""
+        headers = {protocol.FROM: self.members.myself.name}
+        if self._token is not None:
+            headers[protocol.TOKEN] = self._token.shown
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        return headers
+
     def _headers(self, request: PeerRequest) -> dict[str, str]:
         headers = {
-            protocol.FROM: self.members.myself.name,
+            **self.shown(request.authorization),
             protocol.HOPS: str(request.hops),
             protocol.CHUNK: str(request.chunk_size),
             protocol.LAYER: request.blob.media_type,
@@ -189,10 +202,6 @@ class PeerClient:
             headers[protocol.URGENT] = "1"
         if request.spare is not None:
             headers[protocol.SPARE] = str(request.spare)
-        if self._token is not None:
-            headers[protocol.TOKEN] = self._token.shown
-        if request.authorization is not None:
-            headers["Authorization"] = request.authorization
         return headers
 
     # -- connections -------------------------------------------------------------------------------

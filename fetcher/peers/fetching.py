@@ -34,6 +34,7 @@ from fetcher.schedule import Urgency
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+    from fetcher.chunk_digests import BlobChunks
     from fetcher.oci import Descriptor, Reference
     from fetcher.pacing import Pacing
     from fetcher.peers.client import PeerClient
@@ -65,6 +66,10 @@ class AskingHosts(Protocol):
     @property
     def hops(self) -> int:
         """How many members the wish for the blob came through."""
+
+    @property
+    def hearsay(self) -> BlobChunks | None:
+        """What speaks of single chunks, where that is no more than some peer's word."""
 
     async def authorization(self, *, renew: bool) -> tuple[Reference, str | None]:
         """Whose blob it is, and what its registry would be shown. Raises ``ModelError``."""
@@ -129,6 +134,8 @@ class PeerFetching:
         """Whether what peers send will do for who wants trusted bytes."""
         self._choice: BlobChoice | None = None
         self._works: dict[_StrandFlow, _Work] = {}
+        self._suspects: dict[str, bool] = {}
+        """Members that hearsay speaks against, and whether they said that they have all."""
         self._renew_at = float("-inf")
         self._renew = False
         self._shown: tuple[Reference, str | None] | None = None
@@ -218,6 +225,9 @@ class PeerFetching:
 
     def _again(self, work: _Work) -> Pick | None:
         chunk, now = work.piece.chunks.start, trio.current_time()
+        if work.wrong and self._hosts.hearsay is not None:
+            # the registry says who is right, the sender of the chunk or that of its digest
+            return Pick(chunk, None)
         if work.piece.demand.urgency <= Urgency.AHEAD and not work.wrong:
             return self._chosen.at_once(chunk, now)
         return self._chosen.again(chunk, now, work.wrong)
@@ -317,6 +327,8 @@ class PeerFetching:
         have = Have.parse(headers.get(protocol.HAVE.lower(), ""))
         if have is not None:
             self._chosen.told(member, have)
+            if have.is_all:
+                self._client.wholes.note(self._blob.digest, member.name)
         flow.other = headers.get(protocol.TRY.lower(), "")[:253]
         flow.pause = retry_after(headers.get("retry-after", ""))
         return have
@@ -348,7 +360,10 @@ class PeerFetching:
         logger.warning("%s; it came from %s", error.message, ", ".join(sorted(error.senders)))
         work.wrong |= senders
         for name in senders if error.sole else ():
-            self._accuse(name, has_all=work.asked[name])
+            if error.hearsay is None:
+                self._accuse(name, has_all=work.asked[name])
+            elif error.hearsay is self._hosts.hearsay:
+                self._suspect(name, has_all=work.asked[name])
 
     @property
     def has_brought(self) -> bool:
@@ -357,12 +372,33 @@ class PeerFetching:
 
     def blame(self, chunks: Iterable[int]) -> None:
         """These chunks were wrong; who sent all of one is known to have sent wrong bytes."""
-        if self._choice is None:
-            return
-        senders = [self._choice.contributors.get(one, {}) for one in chunks]
-        alone = {name: all_ for some in senders if len(some) == 1 for name, all_ in some.items()}
-        for name, has_all in alone.items():
+        for name, has_all in self._sole_senders(chunks).items():
             self._accuse(name, has_all=has_all)
+
+    def suspect(self, chunks: Iterable[int]) -> None:
+        """As :meth:`blame`, of chunks that are wrong by hearsay."""
+        for name, has_all in self._sole_senders(chunks).items():
+            self._suspect(name, has_all=has_all)
+
+    def _sole_senders(self, chunks: Iterable[int]) -> dict[str, bool]:
+        """Who sent all of a chunk, and whether they had all of the blob. Others send it now."""
+        if self._choice is None:
+            return {}
+        senders = [self._choice.contributors.pop(one, {}) for one in chunks]
+        return {name: all_ for some in senders if len(some) == 1 for name, all_ in some.items()}
+
+    def _suspect(self, name: str, *, has_all: bool) -> None:
+        """The bytes of a member are wrong by hearsay, which may be wrong itself."""
+        self._suspects[name] = has_all
+        self._chosen.distrust(name)
+
+    def judge(self, *, hearsay_is_right: bool) -> None:
+        """It is known now whether hearsay was right, and so who of the suspects is to blame."""
+        suspects, self._suspects = self._suspects, {}
+        for name, has_all in suspects.items():
+            self._chosen.acquit(name)
+            if hearsay_is_right:
+                self._accuse(name, has_all=has_all)
 
     def _accuse(self, name: str, *, has_all: bool) -> None:
         """The bytes of a member proved wrong.

@@ -64,8 +64,10 @@ class PartialBlob:
         """Chunks that were others than a trusted source's, when it was asked for them too."""
         self.disproved: set[int] = set()
         """Chunks that were there, and that digests which came later proved wrong."""
-        self.is_contradicted = False
-        """What a trusted source has sent is not what hearsay says of it."""
+        self.doubted: set[int] = set()
+        """The same, where the digests are hearsay, and still gone by."""
+        self._contradicted: Proving | None = None
+        """Hearsay that says otherwise than what a trusted source has sent."""
         self._readers = 0
         self._closed = False
         self.made: BlobChunks | None = None
@@ -158,12 +160,18 @@ class PartialBlob:
         """
         before, fits = self._proving, chunks is not None and self.fits(chunks)
         self._proving = Proving(chunks, name) if chunks is not None and fits else None
-        self.is_contradicted = False
+        # in this order: who adds to it looks the other way round
+        self.doubted = set()
         for number in () if before is None else before.vouched():
             # who is to be believed no more has let it pass
             self.drop(number)
         self.verify_anew()
         return fits
+
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether what a trusted source has sent is not what hearsay says of it."""
+        return self._contradicted is not None and self._contradicted is self._proving
 
     def fits(self, chunks: BlobChunks) -> bool:
         """Whether chunk digests are of chunks as they are here."""
@@ -292,10 +300,12 @@ class PartialBlob:
         trusted, framed = self.is_trusted(number), self._chunks.is_framed(number)
         if not proving.check(number, self._blocks(number, buffer, framed=framed)):
             if trusted and proving.name is None:
-                self.is_contradicted = True
-            else:
-                self.disproved.add(number)
-                self.drop(number)
+                self._contradicted = proving
+                return False
+            wrong = self.disproved if proving.name is not None else self.doubted
+            if proving is self._proving:
+                wrong.add(number)
+            self.drop(number)
             return False
         if proving.name is not None and proving.name == self._trusted_name:
             self.mark_trusted(number)
@@ -493,10 +503,12 @@ class PartialBlob:
         if proving.check(number, self._blocks(number, buffer, framed=framed), alone=not trusted):
             return
         self._chunks.set_fill(number, 0, framed=False)
-        raise ChunkMismatch(
+        error = ChunkMismatch(
             f"what came for chunk {number} of blob {self.digest} is not what its digest says",
             digest=self.digest,
         )
+        error.hearsay = None if proving.name is not None else proving.chunks
+        raise error
 
     def mark_trusted(self, number: int) -> None:
         """Say that a trusted source sent what is there of a chunk. Raises :class:`ModelError`."""
@@ -636,6 +648,11 @@ class PartialBlob:
         """Tell readers in other processes what became of it. Raises :class:`ModelError`."""
         with self._map_errors():
             self._chunks.conclude(verdict)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called: its file may be another one's from then on."""
+        return self._closed
 
     def close(self) -> None:
         """Release its descriptors, once nobody reads; what is there stays."""

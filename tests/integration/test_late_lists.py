@@ -77,7 +77,7 @@ def test_hearsay_finds_what_is_wrong_and_lets_nothing_be_shown(tmp_path: Path) -
         assert partial.expect(chunks_of(data))
         assert not partial.is_proving
         assert partial.verify(STILL, 0.0) is None
-        assert partial.disproved == {1}
+        assert (partial.doubted, partial.disproved) == ({1}, set())
         for number in (1, 2, 3):
             put(partial, number, data)
         assert not partial.is_any_trusted

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from fetcher.chunk_lists import ChunkLists
 from fetcher.peers.access import Rights
 from fetcher.peers.blobs import Blobs, OwnsNothing
 from fetcher.peers.fills import Fills
@@ -82,6 +83,8 @@ class Setup:
     limits: Limits = NO_FLOOR
     chunk_size: int = CHUNK
     linger: float = 30.0
+    lists: bool = False
+    """Whether it looks for lists of chunk digests, and makes them."""
     verify: ssl.SSLContext | bool = True
     """What the client shows and believes."""
 
@@ -131,7 +134,8 @@ async def peer_node(root: Path, setup: Setup | None = None) -> AsyncIterator[Pee
         async with httpx.AsyncClient(
             base_url=url, headers=headers, trust_env=False, timeout=20, verify=setup.verify
         ) as client:
-            pulls = Pulls(store, registry, jobs, PullSettings(), nursery)
+            lists = ChunkLists(store, registry, setup.chunk_size) if setup.lists else None
+            pulls = Pulls(store, registry, jobs, PullSettings(), nursery, lists)
             yield PeerNode(
                 url, store, pulls, jobs, served, fills, rights, ("127.0.0.1", port), client
             )
