@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from fetcher.errors import NotFound, OutOfRange
 from fetcher.modelpack import Packing, blob_layer
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from fetcher.peers.uploads import Uploads
     from fetcher.policy import ReferencePolicy
     from fetcher.store.store import Store
+
+
+_ANY_SIZE: Final = 10**19
+"""More than any blob has."""
 
 
 class Ownership(Protocol):
@@ -103,6 +107,10 @@ class Blobs:
         :class:`fetcher.peers.http.BytesMissing` among that.
         """
         self._policy.check(asked.reference)
+        if not is_head and self._is_nowhere(asked):
+            # at once: the registry would be asked for nothing, while somebody waits
+            self._served.lacking += 1
+            raise _lacking(asked, self._have(asked, None))
         asker = Asker(asked.reference, asked.authorization, asked.hops)
         told = await self._rights.blob(asker)
         # nothing is held for others: what is evicted meanwhile, they get elsewhere
@@ -117,10 +125,21 @@ class Blobs:
             return
         await self._send(connection, _Wish(asked, asker, _part(asked, size), size), found)
 
+    def _is_nowhere(self, asked: Asked) -> bool:
+        """Whether nothing of the blob is here or will be, for all that this node does for a member.
+
+        Which is no more than a peer may know (docs/security.md).
+        """
+        if not asked.member or self._find(asked.digest) is not None:
+            return False
+        # the size is the registry's to say: it is not looked at here whether there are such bytes
+        part = requested_range(asked.range, _ANY_SIZE)
+        return asked.ready or (part is not None and not self._owns(asked, part))
+
     def _find(self, digest: Digest) -> Body | None:
         """What is here of a blob."""
         job = self._jobs.running(digest)
-        if job is None or job.partial is None or job.complete:
+        if job is None or job.partial is None or job.complete or job.partial.is_closed:
             # the records are asked only where nothing is on its way: this is looked at all the time
             return self._stored.find(digest)
         # an archive lies in the files that it holds; everything else in one file, as it is
@@ -128,16 +147,15 @@ class Blobs:
         return ArrivingBody(job.partial, self._store.blob_path(digest) if whole else None)
 
     async def _send(self, connection: HttpConnection, wish: _Wish, found: Body | None) -> None:
-        digest, part, served = wish.asked.digest, wish.part, self._served
+        part, served = wish.part, self._served
         is_here = found is not None and found.there(part) == part.stop
         is_ours = not wish.asked.ready and self._is_ours(wish)
         is_coming = not wish.asked.ready and found is not None and found.is_begun(part)
         if not (is_here or is_ours or is_coming):
             served.lacking += 1
-            have = self._have(wish.asked, found)
-            raise Refusal(404, "BLOB_UNKNOWN", f"blob {digest} is not here", have)
+            raise _lacking(wish.asked, self._have(wish.asked, found))
         with self._admitted(wish, found) as left:
-            job = self._jobs.running(digest)
+            job = self._jobs.running(wish.asked.digest)
             if is_here or not is_ours:
                 if isinstance(found, StoredBody):
                     served.from_store += 1
@@ -150,10 +168,11 @@ class Blobs:
 
     def _is_ours(self, wish: _Wish) -> bool:
         """Whether to fetch it for who asks."""
-        if not wish.asked.member:
-            return True
-        size = wish.asked.chunk_size if wish.asked.hops < protocol.MOST_HOPS else 0
-        return size > 0 and self._ownership.owns(wish.asked.digest, wish.part, size)
+        return not wish.asked.member or self._owns(wish.asked, wish.part)
+
+    def _owns(self, asked: Asked, part: Range) -> bool:
+        size = asked.chunk_size if asked.hops < protocol.MOST_HOPS else 0
+        return size > 0 and self._ownership.owns(asked.digest, part, size)
 
     @contextlib.contextmanager
     def _admitted(self, wish: _Wish, found: Body | None) -> Iterator[list[int]]:
@@ -177,15 +196,15 @@ class Blobs:
             )
             raise Refusal(429, "TOOMANYREQUESTS", "this node is busy", headers)
         left = [len(part)]
-        if asked.member:
-            # it can pass on what arrives
-            self._handed.note(asked.digest, part, asked.member)
         self._served.uploads += 1
         try:
             yield left
         finally:
             self._served.uploads -= 1
             self._uploads.leave(left[0])
+            if asked.member and not left[0]:
+                # not before: whoever is sent there wants it whole
+                self._handed.note(asked.digest, part, asked.member)
 
     async def _fill(self, connection: HttpConnection, wish: _Wish, left: list[int]) -> None:
         """Send what is fetched from the registry in the asker's name."""
@@ -229,6 +248,10 @@ class Blobs:
         text = None if found is None else found.have().text
         have = () if text is None else ((protocol.HAVE, text),)
         return ((protocol.LOAD, str(self._uploads.running)), *have)
+
+
+def _lacking(asked: Asked, headers: Headers) -> Refusal:
+    return Refusal(404, "BLOB_UNKNOWN", f"blob {asked.digest} is not here", headers)
 
 
 def _part(asked: Asked, size: int) -> Range:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -15,8 +14,6 @@ from fetcher.peers.protocol import Have
 from fetcher.ranges import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from fetcher.oci import Digest
@@ -37,7 +34,7 @@ class Span:
 
 
 class Body(Protocol):
-    """A blob that is sent, or a part of it."""
+    """A blob that is sent, or a part of it. For any thread."""
 
     @property
     def size(self) -> int:
@@ -58,12 +55,18 @@ class Body(Protocol):
     def read(self, offset: int, buffer: memoryview) -> int:
         """Read bytes that are there, in a worker thread. Raises ``OSError``, ``ModelError``."""
 
-    def watch(self, arrived: Callable[[], None]) -> AbstractContextManager[None]:
-        """Have ``arrived`` called, from any thread, when there are more of the bytes."""
+    @property
+    def is_over(self) -> bool:
+        """Whether it is not what there is of the blob any more: it became complete, or was dropped.
+
+        A file that was opened before is still its own.
+        """
 
 
 class StoredBody:
     """A complete blob."""
+
+    is_over = False
 
     def __init__(self, blob: StoredBlob) -> None:
         self._pieces = blob.pieces
@@ -102,9 +105,6 @@ class StoredBody:
             file.seek(span.offset)
             return file.readinto(buffer[: span.count]) or 0
 
-    def watch(self, arrived: Callable[[], None]) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
 
 class StoredBodies:
     """The complete blobs of a store; the indexes of archives are kept. Of the trio thread."""
@@ -134,13 +134,17 @@ class StoredBodies:
 
 
 class ArrivingBody:
-    """A blob on its way. It must stay open for as long as this is used."""
+    """A blob on its way, until it is closed."""
 
     def __init__(self, blob: PartialBlob, path: Path | None) -> None:
         """``path`` is the file with the bytes where they lie in one, at their own offsets."""
         self._blob = blob
         self._path = path
         self.size = blob.size
+
+    @property
+    def is_over(self) -> bool:
+        return self._blob.is_closed
 
     def there(self, part: Range) -> int:
         blob, position = self._blob, part.start
@@ -168,8 +172,3 @@ class ArrivingBody:
 
     def read(self, offset: int, buffer: memoryview) -> int:
         return self._blob.read(offset, buffer)
-
-    @contextlib.contextmanager
-    def watch(self, arrived: Callable[[], None]) -> Iterator[None]:
-        with self._blob.watch(lambda _: arrived()):
-            yield

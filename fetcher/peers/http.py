@@ -7,6 +7,7 @@ and for a client that does not take its answer.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import functools
 import os
@@ -24,8 +25,10 @@ from fetcher.threads import Stopped, run_stoppable
 
 if TYPE_CHECKING:
     import threading
+    from pathlib import Path
 
     from fetcher.peers.bodies import Body, Span
+    from fetcher.peers.following import Following
 
     Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
     Headers = tuple[tuple[str, str], ...]
@@ -141,34 +144,29 @@ class HttpConnection:
             with trio.fail_after(self._patience.stall):
                 await self._stream.send_all(data)
 
-    async def send_part(self, body: Body, part: Range) -> int:
-        """Send bytes of the body of an answer, as many from the first on as are found; how many.
+    async def send_part(self, following: Following) -> None:
+        """Send bytes of the body of an answer, for as long as there are some.
 
         Raises what is in :data:`LOST`.
         """
+        before = following.sent
         if isinstance(self._stream, trio.SocketStream):
             descriptor, patience = self._stream.socket.fileno(), self._patience.stall
-            sent = await run_stoppable(
-                lambda stop: _Sending(descriptor, patience, stop).send(body, part)
-            )
+            await run_stoppable(lambda stop: _Sending(descriptor, patience, stop).send(following))
         else:
-            sent = await self._send_secured(body, part)
-        if sent:
+            await self._send_secured(following)
+        if following.sent > before:
             # h11 keeps count of bytes that it does not see
-            uncopied: Any = _Uncopied(sent)
+            uncopied: Any = _Uncopied(following.sent - before)
             self._http.send_with_data_passthrough(h11.Data(data=uncopied))
-        return sent
 
-    async def _send_secured(self, body: Body, part: Range) -> int:
-        buffer = memoryview(bytearray(min(_READ_BYTES, len(part))))
-        left = part
-        while left and (
-            read := await run_stoppable(functools.partial(_read_part, body, left, buffer))
-        ):
+    async def _send_secured(self, following: Following) -> None:
+        buffer = memoryview(bytearray(min(_READ_BYTES, len(following.left))))
+        read_next = functools.partial(_read_next, following, buffer)
+        while following.left and (read := await run_stoppable(read_next)):
             with trio.fail_after(self._patience.stall):
                 await self._stream.send_all(buffer[:read])
-            left = Range(left.start + read, left.stop)
-        return left.start - part.start
+            following.took(read)
 
 
 class _Uncopied:
@@ -190,57 +188,69 @@ class _Sending:
         self._stop = stop
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
+        self._files = contextlib.ExitStack()
+        self._path: Path | None = None
+        self._file = -1
 
-    def send(self, body: Body, part: Range) -> int:
-        spans = body.spans(part)
+    def send(self, following: Following) -> None:
+        with self._files:
+            while following.left and (piece := following.next(self._stop)):
+                if not self._send_piece(following, piece):
+                    return
+
+    def _send_piece(self, following: Following, piece: Range) -> bool:
+        """Send bytes that are there; whether all of them were."""
+        spans = following.body.spans(piece)
         if spans is None:
-            return self._send_read(body, part)
-        total = 0
-        for span in spans:
-            sent = self._send_span(span)
-            total += sent
-            if sent < span.count:
-                break
-        return total
+            return self._send_read(following, piece)
+        return all(self._send_span(following, span) for span in spans)
 
-    def _send_span(self, span: Span) -> int:
-        try:
-            file = os.open(span.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+    def _send_span(self, following: Following, span: Span) -> bool:
+        file = self._opened(span.path)
+        if file is None or following.body.is_over:
             # it has become something else: the same bytes are elsewhere, or nowhere
-            return 0
-        try:
-            return self._send_file(file, span)
-        finally:
-            os.close(file)
-
-    def _send_file(self, file: int, span: Span) -> int:
-        total = 0
-        while total < span.count:
+            return False
+        offset, stop = span.offset, span.offset + span.count
+        while offset < stop:
             self._wait()
             try:
-                most = min(span.count - total, _FILE_BYTES)
-                sent = os.sendfile(self._socket, file, span.offset + total, most)
+                sent = os.sendfile(self._socket, file, offset, min(stop - offset, _FILE_BYTES))
             except BlockingIOError:
                 continue
             if sent == 0:
-                break
-            total += sent
-        return total
+                return False
+            following.took(sent)
+            offset += sent
+        return True
 
-    def _send_read(self, body: Body, part: Range) -> int:
-        buffer = memoryview(bytearray(min(_READ_BYTES, len(part))))
-        left = part
-        while left and (read := _read_part(body, left, buffer, self._stop)):
+    def _opened(self, path: Path) -> int | None:
+        """The file, which stays open, as what arrives in it is sent in many pieces."""
+        if self._path != path:
+            self._files.close()
+            self._path = None
+            try:
+                self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            self._files.callback(os.close, self._file)
+            self._path = path
+        return self._file
+
+    def _send_read(self, following: Following, piece: Range) -> bool:
+        buffer = memoryview(bytearray(min(_READ_BYTES, len(piece))))
+        left = piece
+        while left and (read := _read_part(following.body, left, buffer)):
             view = buffer[:read]
             while view:
                 self._wait()
                 try:
-                    view = view[os.write(self._socket, view) :]
+                    sent = os.write(self._socket, view)
                 except BlockingIOError:
                     continue
+                following.took(sent)
+                view = view[sent:]
             left = Range(left.start + read, left.stop)
-        return left.start - part.start
+        return not left
 
     def _wait(self) -> None:
         """Return once the socket takes bytes."""
@@ -253,7 +263,12 @@ class _Sending:
         raise Stopped
 
 
-def _read_part(body: Body, part: Range, buffer: memoryview, _: threading.Event) -> int:
+def _read_next(following: Following, buffer: memoryview, stop: threading.Event) -> int:
+    piece = following.next(stop)
+    return _read_part(following.body, piece, buffer) if piece else 0
+
+
+def _read_part(body: Body, part: Range, buffer: memoryview) -> int:
     try:
         return body.read(part.start, buffer[: len(part)])
     except FileNotFoundError:

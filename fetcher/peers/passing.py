@@ -1,7 +1,8 @@
 """Passing a part of a blob on while it arrives: what is there is sent, then the next is waited for.
 
-The threads that receive the bytes tell of them; the task that sends them looks again at what there
-is each time, as a blob becomes complete, or is dropped, while it is being sent.
+A thread sends it from begin to end (:mod:`fetcher.peers.following`). The task that started it looks
+again at what there is when nothing comes any more, as a blob becomes complete, or is dropped, while
+it is being sent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from fetcher.errors import ModelError, Unavailable
+from fetcher.peers.following import Following
 from fetcher.peers.http import BytesMissing
 from fetcher.ranges import Range
 
@@ -30,12 +32,8 @@ _NEXT_BYTE_SECONDS: Final = 10.0
 _SLICE_BYTES: Final = 64 * 1024 * 1024
 _MOST_MISSES: Final = 5
 """How often in a row what was there may have just moved, as when a blob became complete."""
-_GATHERED_BYTES: Final = 128 * 1024
-_LEAST_PAUSE: Final = 0.04
-_LONGEST_PAUSE: Final = 0.3
-"""How long more is waited for, until so much has come: a thread that sends a packet costs as much
-as one that sends many, and a dozen peers wait for each.
-"""
+_PAUSE: Final = 0.04
+"""Seconds between two looks for the first byte."""
 _SLICES_A_SECOND: Final = 20
 _LEAST_SLICE: Final = 64 * 1024
 
@@ -73,25 +71,23 @@ class Passing:
 
         Raises :class:`BytesMissing` where it does not arrive, and what ends a connection.
         """
-        part, rate, misses, pause = self._part, uploads.rate, 0, _LEAST_PAUSE
+        part, rate, misses = self._part, uploads.rate, 0
         most = max(rate // _SLICES_A_SECOND, _LEAST_SLICE) if rate else _SLICE_BYTES
         while part:
             body = await self._next_or_end(part)
-            piece = Range(part.start, min(body.there(part), part.start + most))
-            await trio.sleep(uploads.pause(len(piece), trio.current_time()))
-            sent = await connection.send_part(body, piece)
+            following = Following(body, Range(part.start, min(part.stop, part.start + most)))
+            await trio.sleep(uploads.pause(len(following.left), trio.current_time()))
+            try:
+                await connection.send_part(following)
+            finally:
+                sent = following.sent
+                left[0] -= sent
+                uploads.sent(sent, left[0])
+                served.bytes += sent
             misses = 0 if sent else misses + 1
             if misses == _MOST_MISSES:
                 raise BytesMissing("what is said to be there is not")
-            left[0] -= sent
-            uploads.sent(sent, left[0])
-            served.bytes += sent
             part = Range(part.start + sent, part.stop)
-            if part and len(piece) < most:
-                # all that had arrived is on its way
-                pause = min(pause * 2, _LONGEST_PAUSE) if sent < _GATHERED_BYTES else pause / 2
-                pause = max(pause, _LEAST_PAUSE)
-                await trio.sleep(pause)
 
     async def _next_or_end(self, part: Range) -> Body:
         try:
@@ -109,7 +105,7 @@ class Passing:
             with trio.CancelScope() as self._waiting:
                 await self._news()
             # what comes of the other chunks is news, too
-            await trio.sleep(_LEAST_PAUSE)
+            await trio.sleep(_PAUSE)
 
     async def _news(self) -> None:
         """Wait until there may be more; raises why nothing more will arrive, if that is so."""
