@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 VERSION: Final = version("model-csi")
 USER_AGENT: Final = f"model-csi/{VERSION}"
 _CLOSE_SECONDS: Final = 5.0
+_START_SECONDS: Final = 3.0
 _BLOBS_AMONG_PEERS: Final = 32
 
 
@@ -106,7 +107,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
                 pulls.proofs,
                 keychain,
                 downloads,
-                LazySettings(head_bytes=config.chunk_size),
+                LazySettings(head_bytes=config.chunk_size, start=_START_SECONDS),
                 lists,
             )
             lazy = lazy_volumes(config, role, records, models, store, downloads)
@@ -163,12 +164,12 @@ def registry_settings(config: Config) -> RegistrySettings:
 def download_settings(config: Config) -> DownloadSettings:
     """How blobs are fetched.
 
-    More transfers than processors to run them fetch no faster: they queue for the interpreter lock.
+    More transfers than processors to run them fetch slower: they queue for the interpreter lock.
     """
     transfer = TransferSettings(
         stall_timeout=config.stall_timeout, user_agent=USER_AGENT, ca_file=config.ca_file
     )
-    connections = min(config.connections, len(os.sched_getaffinity(0)) + 1)
+    connections = min(config.connections, max(len(os.sched_getaffinity(0)), 2))
     return DownloadSettings(
         connections=connections,
         transfer=transfer,

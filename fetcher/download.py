@@ -62,6 +62,9 @@ logger = logging.getLogger(__name__)
 _RANGE_CHUNKS: Final = 8
 """Chunks that one request asks for: enough to hide a round trip, few enough to deal out."""
 
+_LONG_RANGE_CHUNKS: Final = 16
+"""The same where they come quickly: each request costs a registry some milliseconds."""
+
 _PIECE_SECONDS: Final = 0.4
 """How long a request may take, at the pace of those before it, where others may come in between."""
 
@@ -328,16 +331,21 @@ class Download:
         under_way = self._schedule.under_way(urgency)
         if urgency is Urgency.URGENT:
             return under_way < MOST_URGENT
-        # the first request is to be for the first piece, and alone
-        return under_way < (self._settings.connections if self._ranging else 1)
+        if not self._ranging:
+            # the first request is to be for the first piece, and alone
+            return under_way < 1
+        if urgency is Urgency.AHEAD:
+            return under_way < self._settings.connections
+        return under_way < self._transfers.share(self)
 
     def _most(self, partial: PartialBlob) -> int:
         """Chunks of the next piece: few enough for others to have their turn soon."""
-        if not self._schedule.is_watched:
-            return _RANGE_CHUNKS
-        if self._pace is None:
-            return 1
-        return max(1, min(int(self._pace * _PIECE_SECONDS / partial.chunk_size), _RANGE_CHUNKS))
+        quick = int((self._pace or 0.0) * _PIECE_SECONDS / partial.chunk_size)
+        if self._schedule.is_watched:
+            return max(1, min(quick, _RANGE_CHUNKS))
+        # shorter ones towards the end, which connections then reach at about the same time
+        half = (partial.size - partial.done) // (2 * partial.chunk_size)
+        return max(_RANGE_CHUNKS, min(quick, half, _LONG_RANGE_CHUNKS))
 
     async def _fetch_piece(
         self, partial: PartialBlob, piece: ScheduledPiece, pick: Pick | None
@@ -596,7 +604,7 @@ class Download:
                 await slot.fetch(fresh, piece, probe or sink)
 
             group = f"{source.reference.registry} {host.base}"
-            stopped = await self._transfers.run(group, transfer, turn.demand)
+            stopped = await self._transfers.run(group, transfer, turn.demand, self)
             if stopped is None:
                 tries.silent = 0.0
             else:

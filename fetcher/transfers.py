@@ -48,6 +48,8 @@ class Slot:
     since: float
     connection: Connection
     pacing: Pacing
+    blob: object
+    """What is fetched, for whoever wants to know how many there are."""
     queued: bool = False
     """Whether it had to be waited for."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -75,6 +77,7 @@ class Slot:
 class _Waiter:
     group: str
     demand: Demand
+    blob: object
     waited: bool = False
     granted: trio.Event = field(default_factory=trio.Event)
     slot: Slot | None = None
@@ -103,13 +106,14 @@ class Transfers:
         group: str,
         work: Callable[[Slot], Awaitable[None]],
         demand: Demand | None = None,
+        blob: object = None,
     ) -> float | None:
-        """Do ``work`` with a slot, once there is one for ``group``.
+        """Do ``work`` for ``blob`` with a slot, once there is one for ``group``.
 
         Returns after how many seconds it was stopped to make room for others; None where it came
         to its own end. Whoever changes ``demand`` meanwhile calls :meth:`hurry`.
         """
-        slot = await self._take(group, demand or Demand())
+        slot = await self._take(_Waiter(group, demand or Demand(), blob))
         try:
             with slot.scope:
                 await work(slot)
@@ -123,8 +127,15 @@ class Transfers:
             self.pacing.begin(demand)
         self._deal()
 
-    async def _take(self, group: str, demand: Demand) -> Slot:
-        waiter = _Waiter(group, demand)
+    def share(self, blob: object) -> int:
+        """How many connections one blob may use, among those that are being fetched; at least one.
+
+        A blob that comes over one connection comes in order, and is hashed as it comes.
+        """
+        blobs = {slot.blob for slot in self._slots} | {one.blob for one in self._queue} | {blob}
+        return max(self._connections // len(blobs), 1)
+
+    async def _take(self, waiter: _Waiter) -> Slot:
         self._queue.append(waiter)
         self._deal()
         try:
@@ -144,7 +155,7 @@ class Transfers:
     def _give(self, waiter: _Waiter, *, queued: bool) -> Slot:
         connection = self._idle.pop() if self._idle else Connection(self._settings, self._contexts)
         now = trio.current_time()
-        slot = Slot(waiter.group, waiter.demand, now, connection, self.pacing, queued)
+        slot = Slot(waiter.group, waiter.demand, now, connection, self.pacing, waiter.blob, queued)
         self._slots.add(slot)
         self.pacing.begin(slot.demand)
         return slot

@@ -12,12 +12,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from fetcher.chunk_digests import ChunkHasher, is_chunk_size
-from fetcher.errors import ChunkMismatch, DigestMismatch
+from fetcher.errors import ChunkMismatch
 from fetcher.ranges import Range, join_chunks
-from fetcher.sha2 import is_available
 from fetcher.store.chunks import ChunkMap, Verdict
 from fetcher.store.disk import WritesLost, disk_error
+from fetcher.store.hashing import Hashing
 from fetcher.store.proving import Proving
 from fetcher.store.sinks import ChunkSink
 from fetcher.threads import Stopped
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from fetcher.chunk_digests import BlobChunks
     from fetcher.errors import ModelError
-    from fetcher.oci import Digest, Hasher
+    from fetcher.oci import Digest
     from fetcher.store.places import Place
 
 _VERIFY_BYTES: Final = 256 * 1024
@@ -90,7 +89,7 @@ class PartialBlob:
                 raise
         except OSError as error:
             raise disk_error(error, place.path) from error
-        self._hasher = self._new_hasher()
+        self._hash = Hashing(digest, size, self._chunks.chunk_size)
         self.done = self._chunks.done()
         """Bytes that are there, in whole chunks."""
 
@@ -203,9 +202,9 @@ class PartialBlob:
     # -- verifying ---------------------------------------------------------------------------------
 
     def verify(self, stop: threading.Event, patience: float = math.inf) -> bool | None:
-        """Follow the arriving chunks in order and hash them; whether the whole is what it should
-        be, or None if chunks proved wrong, or the next one did not come within ``patience``
-        seconds: called again, it goes on at :attr:`hashing`.
+        """Follow the arriving chunks in order, and hash those that were not hashed as they came;
+        whether the whole is what it should be, or None if chunks proved wrong, or the next one did
+        not come within ``patience`` seconds: called again, it goes on at :attr:`hashing`.
 
         Reads while the bytes are still in the page cache, and moves framed chunks on the way.
         Raises :class:`fetcher.threads.Stopped` and :class:`ModelError`.
@@ -222,16 +221,10 @@ class PartialBlob:
                 if self._verifying is not None:
                     if not self._recheck(self._verifying, self._hashing, buffer, stop):
                         return None
-                elif not self._hash(self._hashing, buffer, stop):
+                elif not self._catch_up(self._hashing, buffer, stop):
                     return False  # the file is shorter than its map says
                 self._hashing += 1
         return self._is_right()
-
-    def _new_hasher(self) -> ChunkHasher | Hasher:
-        """What hashes all of it, and makes its chunk digests on the way where that can be done."""
-        if is_available() and is_chunk_size(self.chunk_size):
-            return ChunkHasher(self.digest, self.size, self.chunk_size)
-        return self.digest.hasher()
 
     def _is_right(self) -> bool | None:
         """Whether all that was hashed is what it should be; None where some of it just went."""
@@ -239,15 +232,12 @@ class PartialBlob:
         if proving is not None:
             self.made = proving.chunks if proving.is_complete else None
             return None if self.made is None else True
-        if not isinstance(self._hasher, ChunkHasher):
-            return self._hasher.hexdigest() == self.digest.hex
-        try:
-            self.made = self._hasher.finish()
-        except DigestMismatch:
+        with self._hash.turn:
+            right, self.made = self._hash.finish()
+        if not right:
             # the values before the last chunk are there still
             self.verify_anew(self._chunks.count - 1)
-            return False
-        return True
+        return right
 
     @property
     def hashing(self) -> int:
@@ -273,11 +263,9 @@ class PartialBlob:
         before, self._verifying = self._verifying, self._proving
         if self._verifying is not None or before is not None:
             first = 0
-        if isinstance(self._hasher, ChunkHasher) and 0 < first <= self._hashing:
-            self._hasher.rewind(first)
-            self._hashing = first
-        else:
-            self._hasher, self._hashing = self._new_hasher(), 0
+        with self._hash.turn:
+            self._hash.go_back(first)
+            self._hashing = min(first, self._hash.reached // self.chunk_size)
         return self._verifying is None or self._sift(self._verifying, buffer, stop)
 
     def _sift(self, proving: Proving, buffer: memoryview, stop: threading.Event) -> bool:
@@ -314,17 +302,18 @@ class PartialBlob:
             self.drop(number)
         return True
 
-    def _hash(self, number: int, buffer: memoryview, stop: threading.Event) -> bool:
-        """Hash one chunk that is there, if all of it is there, and move it where it belongs."""
+    def _catch_up(self, number: int, buffer: memoryview, stop: threading.Event) -> bool:
+        """Hash what was not hashed yet of a chunk that is there, if all of it is there, and move it
+        where it belongs.
+        """
         chunk, framed = self.chunk(number), self._chunks.is_framed(number)
-        left = len(chunk)
-        for block in self._blocks(number, buffer, framed=framed):
-            if stop.is_set():
-                self.verify_anew(number)
-                raise Stopped
-            self._hasher.update(block)
-            left -= len(block)
-        if left:
+        with self._hash.turn:
+            since = max(chunk.start, self._hash.reached)
+            for block in self._blocks(number, buffer, framed=framed, since=since):
+                if stop.is_set():
+                    raise Stopped
+                self._hash.update(block)
+        if self._hash.reached < chunk.stop:
             return False
         if framed:
             self._settle(number, chunk)
@@ -344,10 +333,14 @@ class PartialBlob:
             self._settle(number, self.chunk(number))
         return True
 
-    def _blocks(self, number: int, buffer: memoryview, *, framed: bool) -> Iterator[memoryview]:
-        """What has been written of a chunk, in order, in one buffer that is used again."""
+    def _blocks(
+        self, number: int, buffer: memoryview, *, framed: bool, since: int = 0
+    ) -> Iterator[memoryview]:
+        """What has been written of a chunk, from the blob's byte ``since`` on, in order, in one
+        buffer that is used again.
+        """
         chunk = self.chunk(number)
-        offset = chunk.start
+        offset = max(chunk.start, since)
         while offset < chunk.stop:
             wanted = buffer[: chunk.stop - offset]
             read = self._place.read(offset, wanted, framed=framed)
@@ -390,9 +383,16 @@ class PartialBlob:
         return self._place.knows(self.chunk(chunk))
 
     def write(self, offset: int, data: memoryview, *, framed: bool) -> None:
-        """Put ``data`` at ``offset``. Raises :class:`ModelError`; says nothing of presence."""
+        """Put ``data`` at ``offset``, and hash it if it is what comes next. Raises
+        :class:`ModelError`; says nothing of presence.
+        """
         with self._map_errors():
             self._place.write(offset, data, framed=framed)
+        if offset < self._hash.reached:
+            # a chunk that was begun begins anew
+            self.verify_anew(offset // self.chunk_size)
+        elif self._proving is None and self._hash_from is None:
+            self._hash.along(offset, data)
 
     def read(self, offset: int, buffer: memoryview) -> int:
         """Fill some of ``buffer`` with what has been written at ``offset``, trusted or not.
@@ -536,7 +536,7 @@ class PartialBlob:
         )
         with self._arrival:
             self.done -= len(chunk)
-        if number <= self._hashing:
+        if number <= self._hashing or chunk.start < self._hash.reached:
             self.verify_anew(number)
         return framed
 

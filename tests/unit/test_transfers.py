@@ -164,3 +164,21 @@ def test_who_leaves_the_queue_or_a_slot_takes_nothing_along() -> None:
             await transfers.run("other", lasting(0.5))
 
     play(main, connections=1)
+
+
+def test_blobs_share_the_connections() -> None:
+    async def main(transfers: Transfers, nursery: trio.Nursery) -> None:
+        forever = lasting(float("inf"))
+        assert transfers.share("first") == 4
+        for _ in range(3):
+            nursery.start_soon(transfers.run, "one", forever, None, "first")
+        nursery.start_soon(transfers.run, "two", lasting(5), None, "second")
+        await trio.testing.wait_all_tasks_blocked()
+        assert [transfers.share(blob) for blob in ("first", "second", "third")] == [2, 2, 1]
+        for blob in "third", "fourth", "fifth", "sixth":
+            # with more of them than connections each has one, in turn
+            nursery.start_soon(transfers.run, "one", forever, None, blob)
+        await trio.testing.wait_all_tasks_blocked()
+        assert transfers.share("first") == 1
+
+    play(main, connections=4)
