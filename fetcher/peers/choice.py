@@ -52,6 +52,10 @@ _UNKNOWN: Final = 0.5
 _LEAST_HELP: Final = 512 * 1024
 """Bytes that are worth another request, and what the first one has sent in vain by then."""
 _LEAST_SECONDS: Final = 0.5
+_STILL_SECONDS: Final = 1.0
+"""Without a byte: somebody else brings all of the rest, however little that is."""
+_GIVEN_UP_SECONDS: Final = 2.5
+"""The same, where no peer can: mirrors and the registry do."""
 _MOST_PARTS: Final = 4
 """Requests that bring one chunk."""
 
@@ -96,6 +100,8 @@ class Flow:
     got_then: int = 0
     doubts: int = 0
     """How often in a row it was found to be much too slow."""
+    moved_at: float = 0.0
+    """When the last byte was seen to have come."""
 
     def look(self) -> None:
         """Bring the figures up to date."""
@@ -106,7 +112,8 @@ class Help:
     """The last ``bytes`` of what a request is to bring are to come from somebody else instead."""
 
     flow: Flow
-    member: Member
+    member: Member | None
+    """Nobody but mirrors and the registry where it is None."""
     bytes: int
 
 
@@ -266,7 +273,8 @@ class BlobChoice:
         standings, name = self.standings, member.name
         lacks = self._lacking.get((name, chunk), now) > now or name in self._distrusted
         able = standings.is_usable(name, now) and not standings.is_tried(name)
-        return able and not lacks and not standings.is_slow(name, now)
+        is_slow = standings.is_slow(name, now) or standings.harvest.is_resting(now)
+        return able and not lacks and not is_slow
 
     def why_not(self, member: Member, chunk: int, now: float) -> str:
         """What keeps a member from being asked, for the log."""
@@ -276,6 +284,8 @@ class BlobChoice:
             return "it rests, or is banned"
         if self.standings.is_slow(member.name, now):
             return "it is slow"
+        if self.standings.harvest.is_resting(now):
+            return "all of them are slow"
         return "it is busy" if not self._is_ready(member, chunk, now) else "nothing"
 
     def _is_ready(self, member: Member, chunk: int, now: float) -> bool:
@@ -316,6 +326,11 @@ class BlobChoice:
         self._refresh()
         if self.standings.under_way >= self.appetite.of_peers:
             return None
+        still = (flow for flow in flows if now - max(flow.moved_at, flow.since) >= _STILL_SECONDS)
+        for flow in still:
+            found = self._help_still(flow, flows, now)
+            if found is not None:
+                return found
         paces = {flow: flow.got / max(now - flow.since, _LEAST_SECONDS) for flow in flows}
         typical = sum(paces.values()) / len(paces) if paces else 0.0
         waits = {
@@ -332,6 +347,16 @@ class BlobChoice:
                 share = typical / (typical + pace) if pace else 1.0
                 return Help(flow, member, int(flow.left * share))
         return None
+
+    def _help_still(self, flow: Flow, flows: Sequence[Flow], now: float) -> Help | None:
+        """Who brings what a peer that has stopped sending was to bring."""
+        if flow.pick.member is None or not flow.left:
+            return None
+        member = self._helper(flow, flows, now)
+        seconds = now - max(flow.moved_at, flow.since)
+        # before the first byte it may wait for the registry itself, as would this node
+        is_over = flow.got > 0 and seconds >= _GIVEN_UP_SECONDS
+        return Help(flow, member, flow.left) if member or is_over else None
 
     def _helper(self, flow: Flow, flows: Sequence[Flow], now: float) -> Member | None:
         chunk = flow.pick.chunk

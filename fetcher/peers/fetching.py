@@ -25,7 +25,7 @@ from fetcher.errors import (
 )
 from fetcher.network_errors import retry_after
 from fetcher.peers import protocol
-from fetcher.peers.choice import BlobChoice, Flow, Pick
+from fetcher.peers.choice import BlobChoice, Flow, Help, Pick
 from fetcher.peers.client import PeerRequest
 from fetcher.peers.protocol import Have
 from fetcher.peers.strands import Cut, Rope
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
-_JUDGED_SECONDS: Final = 1.5
+_JUDGED_SECONDS: Final = 1.0
 _MOST_DOUBTS: Final = 2
 _MOST_LOAD: Final = 64
 """Uploads at one time that are believed of a peer: what it says of itself must not excuse it."""
@@ -87,6 +87,10 @@ class _StrandFlow(Flow):
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     status: int = 0
     """Of the answer, once there is one."""
+    is_answered: bool = False
+    """Whether bytes are on their way."""
+    counted: int = 0
+    """Bytes that are counted in the node's harvest."""
     other: str = ""
     """The member that a busy one named."""
     pause: float | None = None
@@ -251,7 +255,12 @@ class PeerFetching:
             flow.look()
             seconds = trio.current_time() - started
             name = None if pick.member is None else pick.member.name
-            self._client.standings.measured(name, flow.got, seconds)
+            self._client.standings.measured(name, flow.got, seconds, started + seconds)
+            self._harvested(flow)
+            if flow.is_answered:
+                self._client.standings.harvest.answering -= 1
+            if name is not None and self._client.standings.is_sluggish(name):
+                self._pass_over(name)
             if pick.member is not None and flow.got and name in work.asked:
                 choice.brought(pick.chunk, pick.member, has_all=work.asked[name])
             self._client.ended()
@@ -321,6 +330,9 @@ class PeerFetching:
         if status < 400:
             standings.answered(member.name, now - flow.since)
             standings.served_at = now
+            if flow in self._works and not flow.is_answered:
+                flow.is_answered = True
+                standings.harvest.answering += 1
         load = headers.get(protocol.LOAD.lower(), "")
         if load.isascii() and load.isdigit() and len(load) < 6:
             standings.told(member.name, min(int(load), _MOST_LOAD))
@@ -442,16 +454,42 @@ class PeerFetching:
         flows = list(self._works)
         for flow in flows:
             flow.look()
+            if flow.got != flow.counted:
+                flow.moved_at = now
+            self._harvested(flow)
             member = flow.pick.member
             if member is not None and self._is_too_slow(flow, member, now):
-                logger.info(
-                    "peer %s is much slower than others: what it was to send comes from elsewhere",
-                    member.name,
-                )
-                standings.slow(member.name, now)
+                self._pass_over(member.name)
                 flow.scope.cancel()
-        if self._client.is_idle:
+        if standings.harvest.is_poor(now):
+            self._leave_all(flows, now)
+        elif standings.harvest.wants_trial:
+            self._try_registry(flows)
+        elif self._client.is_idle:
             self._have_help([one for one in flows if self._may_help(one)], now)
+
+    def _harvested(self, flow: _StrandFlow) -> None:
+        if flow.pick.member is not None:
+            self._client.standings.harvest.brought(flow.got - flow.counted)
+        flow.counted = flow.got
+
+    def _pass_over(self, name: str) -> None:
+        logger.info("peer %s is much slower than others: it is asked for less", name)
+        self._client.standings.slow(name, trio.current_time())
+
+    def _leave_all(self, flows: list[_StrandFlow], now: float) -> None:
+        """All peers are slow: what they were to send comes from mirrors and the registry."""
+        standings = self._client.standings
+        seconds = standings.harvest.rest(now)
+        standings.counts["slow"] += 1
+        logger.info(
+            "peers bring much less together than the registry over one connection: none of them is "
+            "asked for %.0f s",
+            seconds,
+        )
+        for flow in flows:
+            if flow.pick.member is not None:
+                flow.scope.cancel()
 
     def _is_too_slow(self, flow: _StrandFlow, member: Member, now: float) -> bool:
         """Whether it has been so for some time; before its first byte it waits itself."""
@@ -468,11 +506,19 @@ class PeerFetching:
         is_left = not flow.scope.cancel_called
         return is_left and (self._shows or not self._works[flow].piece.trusted)
 
+    def _try_registry(self, flows: list[_StrandFlow]) -> None:
+        """Peers bring little, and nobody knows if the registry has more: it brings some of it."""
+        flow = max(flows, key=lambda one: one.left, default=None)
+        if flow is not None and flow.left and self._may_help(flow):
+            self._client.standings.harvest.wants_trial = False
+            self._split(flow, Help(flow, None, flow.left))
+
     def _have_help(self, flows: list[_StrandFlow], now: float) -> None:
         found = self._chosen.help(flows, now)
-        if found is None or not isinstance(found.flow, _StrandFlow):
-            return
-        flow = found.flow
+        if found is not None and isinstance(found.flow, _StrandFlow):
+            self._split(found.flow, found)
+
+    def _split(self, flow: _StrandFlow, found: Help) -> None:
         work = self._works[flow]
         behind = work.rope.split(flow.strand, found.bytes)
         if behind is None:

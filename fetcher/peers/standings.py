@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from fetcher.peers.harvest import Harvest
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -22,13 +24,15 @@ _LONGEST_BUSY: Final = 30.0
 _DEFAULT_BUSY: Final = 1.0
 _SLOW_REST: Final = 15.0
 _MUCH_SLOWER: Final = 8.0
-_SHORT_SECONDS: Final = 5.0
+_SHORT_SECONDS: Final = 2.0
 """What takes no longer is waited for, however slow it is."""
 _MOST_LOAD: Final = 64
 """Uploads that are believed: what a peer says must not excuse it from everything."""
 _MOST_SILENCES: Final = 3
 _NEWEST: Final = 0.3
 """The part that the newest measurement has in what is believed."""
+_TELLING_BYTES: Final = 256 * 1024
+"""Less is over before its pace shows."""
 _MAX_PEERS: Final = 20_000
 _NEVER: Final = float("-inf")
 
@@ -44,6 +48,8 @@ class Standing:
     has_told: bool = False
     latency: float = 0.0
     """Seconds to the first byte."""
+    speed: float = 0.0
+    """Bytes per second of one transfer, lately; 0 while unknown."""
     failures: int = 0
     silences: int = 0
     """Requests since the last success that it let wait in vain for the first byte."""
@@ -63,10 +69,8 @@ class Standing:
 class Standings:
     """All peers, and the registries to compare them with. Belongs to the trio thread."""
 
-    registry_speed: float = 0.0
-    """Bytes per second of one transfer from mirrors or a registry; 0 while unknown."""
     speed: float = 0.0
-    """Bytes per second of one transfer from a peer, likewise."""
+    """Bytes per second of one transfer from a peer; 0 while unknown."""
     under_way: int = 0
     """Our requests to all peers."""
     of_registry: int = 0
@@ -75,6 +79,7 @@ class Standings:
     """When a peer began to send something last."""
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
+    harvest: Harvest = field(default_factory=Harvest)
     counts: Counter[str] = field(default_factory=Counter)
     """What happened, for those who look: bytes, requests, failures, busy, slow, wrong, banned."""
     _peers: dict[str, Standing] = field(default_factory=dict)
@@ -137,15 +142,22 @@ class Standings:
         one = self.of(name)
         one.failures = one.silences = 0
 
-    def measured(self, name: str | None, got: int, seconds: float) -> None:
+    def measured(self, name: str | None, got: int, seconds: float, now: float) -> None:
         """A transfer brought ``got`` bytes in ``seconds``; without a name from a registry."""
         if seconds <= 0 or not got:
             return
         speed = got / seconds
         if name is None:
-            self.registry_speed = _blend(self.registry_speed or speed, speed)
-        else:
-            self.speed = _blend(self.speed or speed, speed)
+            self.harvest.measured(speed, now)
+            return
+        self.speed = _blend(self.speed or speed, speed)
+        if got >= _TELLING_BYTES:
+            one = self.of(name)
+            one.speed = _blend(one.speed or speed, speed)
+
+    def is_sluggish(self, name: str) -> bool:
+        """Whether what the peer brought lately took it much longer than it takes others."""
+        return 0 < self.of(name).speed * _MUCH_SLOWER < self.speed
 
     def is_dull(self, name: str, got: int, left: int, seconds: float) -> bool:
         """Whether a transfer that brought ``got`` bytes lately shows a peer that is much slower
@@ -159,7 +171,7 @@ class Standings:
             return False
         sharers = max(one.load, one.under_way, 1)
         slower = speed * _MUCH_SLOWER
-        return slower < self.speed or slower * sharers < self.registry_speed
+        return slower < self.speed or slower * sharers < self.harvest.registry
 
     def slow(self, name: str, now: float) -> None:
         """It was much slower than others for some time: it is passed over, longer each time."""
@@ -168,6 +180,7 @@ class Standings:
             one.slow_times += 1
             self.counts["slow"] += 1
             one.slow_until = now + _SLOW_REST * 2.0 ** min(one.slow_times - 1, 4)
+            one.speed = 0.0
 
     def spare(self, names: Iterable[str]) -> int | None:
         """More uploads than this a peer among these need not have: there are less busy ones.

@@ -35,6 +35,8 @@ _VOID: Final = 0.8
 """Above this part of the processors a run measures Python, and says nothing of the design."""
 _TRIES: Final = 3
 _FILL_SECONDS: Final = 300.0
+_MUCH: Final = 50
+"""How much slower than others a peer is that is next to useless."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,17 @@ def _one_after_another(made: Cluster, nodes: list[Node], reference: str) -> list
     return nodes[-1:]
 
 
+def _others_are_slow(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
+    """All but the last one have it, and links that are next to useless."""
+    for node in nodes[:-1]:
+        made.start([node])
+        node.publish(reference)
+    for node in nodes[:-1]:
+        node.host.limit(made.network.mbit / _MUCH)
+    made.start(nodes[-1:])
+    return nodes[-1:]
+
+
 def _one_lies(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
     """The last one has it, and its disk turns every chunk into another."""
     liar = nodes[-1]
@@ -191,6 +204,7 @@ _OTHERS: Final = (
     Scenario("8 nodes, 3 of them killed", disturb=_three_die),
     Scenario("8 nodes, one blackholed", disturb=_one_is_silent),
     Scenario("8 nodes, one at a tenth", disturb=_one_is_slow),
+    Scenario("one node, 7 slow peers", joining=True, prepare=_others_are_slow),
     Scenario("8 nodes, one lies", prepare=_one_lies),
     Scenario("8 nodes in two zones", zones=("a", "b")),
     Scenario("8 nodes, one lies, chunk digests", digests=True, prepare=_one_lies),

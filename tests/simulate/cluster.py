@@ -161,7 +161,10 @@ class Node:
     def _have_help(self) -> None:
         flows: dict[int, list[Flow]] = {}
         for request in self.under_way:
+            before = request.got
             request.look()
+            if request.got != before:
+                request.moved_at = self.cluster.now
             flows.setdefault(request.blob, []).append(request)
         for blob, some in flows.items():
             found = self._choices[blob].help(some, self.cluster.now)
@@ -314,7 +317,9 @@ class Node:
         request.look()
         request.ended = True
         name = None if member is None else member.name
-        self.standings.measured(name, request.got, self.cluster.now - request.since)
+        self.standings.measured(
+            name, request.got, self.cluster.now - request.since, self.cluster.now
+        )
         if member is not None:
             self.cluster.by_name[member.name].uploads -= 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socketserver
 import struct
 import threading
@@ -27,10 +28,19 @@ class NameServer:
         self.addresses: dict[str, list[str]] = {}
         self.over_tcp = 0
         self.is_broken = False
-        self._udp = socketserver.ThreadingUDPServer(("127.0.0.1", 0), _datagrams(self))
+        self._udp, self._tcp = self._bound()
         self.port = self._udp.server_address[1]
+
+    def _bound(self) -> tuple[socketserver.UDPServer, socketserver.TCPServer]:
         socketserver.TCPServer.allow_reuse_address = True
-        self._tcp = socketserver.ThreadingTCPServer(("127.0.0.1", self.port), _streams(self))
+        while True:
+            udp = socketserver.ThreadingUDPServer(("127.0.0.1", 0), _datagrams(self))
+            try:
+                return udp, socketserver.ThreadingTCPServer(udp.server_address, _streams(self))
+            except OSError as error:
+                udp.server_close()
+                if error.errno != errno.EADDRINUSE:
+                    raise
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
