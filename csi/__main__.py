@@ -57,6 +57,7 @@ VERSION: Final = version("model-csi")
 USER_AGENT: Final = f"model-csi/{VERSION}"
 _CLOSE_SECONDS: Final = 5.0
 _START_SECONDS: Final = 3.0
+"""How long a lazy model's worker may take to start, before filling goes on without it."""
 _BLOBS_AMONG_PEERS: Final = 32
 
 

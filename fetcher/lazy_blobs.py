@@ -61,6 +61,9 @@ class Owner(Protocol):
     def spoiled(self, layer: Layer, reason: str) -> None:
         """The bytes of a layer proved wrong, and may have been shown."""
 
+    def was_read(self) -> None:
+        """A reader got what it waited for."""
+
     def progressed(self) -> None:
         """One more layer is complete."""
 
@@ -143,6 +146,8 @@ class LazyBlob:
             await self._until(lambda job: job.want(wanted, ahead=ahead, trusted=True))
         else:
             await self._until(_complete)
+        if not ahead:
+            self._owner.was_read()
         return self.complete
 
     async def index(self) -> bool:

@@ -13,6 +13,7 @@ from fetcher.errors import DigestMismatch, ModelError, NotFound
 from fetcher.lazy_blobs import LazyBlob
 from fetcher.lazy_filling import Filling
 from fetcher.lazy_plan import LazyPlan, mountpoint
+from fetcher.lazy_start import Start
 from fetcher.lazy_tickets import read_ticket, write_ticket
 from fetcher.modelpack import Packing
 from fetcher.oci import Digest, Reference
@@ -52,6 +53,8 @@ class LazySettings:
     """Blobs of one model that are filled at one time."""
     head_bytes: int = 4 * 1024 * 1024
     """Of a file of weights: what is fetched before the rest of any of them."""
+    start: float = 0.0
+    """Seconds for which filling waits for the worker, so that the first read comes first."""
     most_shared: int = 64 * 1024 * 1024
     """Bytes of layers shared with models of other names that a volume waits for to begin."""
 
@@ -106,6 +109,7 @@ class LazyModel:
         self.ticket = ""
         """What the worker is to show to the next agent; secret."""
         self.blobs: dict[Digest, LazyBlob] = {}
+        self.start = Start(parts.settings.start)
         self.ready = trio.Event()
         """Set once there is room for it, or it failed for good."""
         self.failure: ModelError | None = None
@@ -209,6 +213,10 @@ class LazyModel:
         self._spoiled[layer.descriptor.digest] = reason
         for listener in list(self.listeners):
             listener.spoiled(layer.descriptor.digest, reason)
+
+    def was_read(self) -> None:
+        """A reader got what it waited for."""
+        self.start.was_read()
 
     def progressed(self) -> None:
         """One more layer is complete."""
@@ -349,7 +357,7 @@ class LazyModel:
     async def _complete(self) -> None:
         """Fill it as its volumes want, and build the plain tree once all is there."""
         async with trio.open_nursery() as filling:
-            filling.start_soon(self._filling().run)
+            filling.start_soon(self._fill)
             while not all(blob.complete for blob in self.blobs.values()):
                 self._progressed = trio.Event()
                 await self._progressed.wait()
@@ -364,9 +372,10 @@ class LazyModel:
                     await self._changed.wait()
         self.failure = None
 
-    def _filling(self) -> Filling:
+    async def _fill(self) -> None:
         settings = self._parts.settings
-        return Filling(self, self._store, settings.blobs, settings.head_bytes)
+        await self.start.over()
+        await Filling(self, self._store, settings.blobs, settings.head_bytes).run()
 
     async def _build(self) -> None:
         await self._parts.layouts.build(self.model, self.selection)

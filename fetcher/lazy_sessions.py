@@ -82,6 +82,7 @@ class _Session:
     async def run(self) -> None:
         """Answer until the worker leaves."""
         self._model.listeners.add(self)
+        self._model.start.attached()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._speak, nursery.cancel_scope)
@@ -148,6 +149,7 @@ class _Session:
             return
         try:
             blob = await self._blob(message.blob)
+            await self._model.start.over()
             blob.open(_range(blob, message.start, message.stop))
         except ModelError as error:
             logger.debug("a worker opened what is not there: %s", error.message)
