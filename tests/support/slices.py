@@ -36,6 +36,8 @@ class SlicesApi:
         self._version = 1
         self._slices: dict[str, dict[str, Any]] = {}
         self._watches: list[queue.Queue[dict[str, Any] | None]] = []
+        self._events: list[tuple[int, dict[str, Any]]] = []
+        """What has changed, and the version since which it has."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tls.certificate, tls.key)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -75,19 +77,20 @@ class SlicesApi:
                 "endpoints": list(endpoints),
                 "ports": [{"name": "peer", "port": port}, {"name": "other", "port": 1}],
             }
-            self._tell({"type": kind, "object": self._slices[name]})
+            self._change(kind, self._slices[name])
 
     def delete(self, name: str) -> None:
         with self._lock:
             self._version += 1
             gone = self._slices.pop(name)
             gone["metadata"]["resourceVersion"] = str(self._version)
-            self._tell({"type": "DELETED", "object": gone})
+            self._change("DELETED", gone)
 
     def forget(self) -> None:
         """What watches know is too old, and they are told so."""
         with self._lock:
             self._version += 100
+            self._events.clear()
             self._tell({"type": "ERROR", "object": {"kind": "Status", "code": 410}})
         self.hang_up()
 
@@ -98,9 +101,14 @@ class SlicesApi:
                 one.put(None)
             self._watches.clear()
 
+    def _change(self, kind: str, changed: dict[str, Any]) -> None:
+        event = json.loads(json.dumps({"type": kind, "object": changed}))
+        self._events.append((self._version, event))
+        self._tell(event)
+
     def _tell(self, event: dict[str, Any]) -> None:
         for one in self._watches:
-            one.put(json.loads(json.dumps(event)))
+            one.put(event)
 
     def list(self, start: int) -> dict[str, Any]:
         with self._lock:
@@ -110,10 +118,15 @@ class SlicesApi:
             metadata = {"resourceVersion": str(self._version), "continue": more}
             return {"metadata": metadata, "items": [self._slices[name] for name in page]}
 
-    def watch(self) -> queue.Queue[dict[str, Any] | None]:
+    def watch(self, since: int) -> queue.Queue[dict[str, Any] | None]:
+        """What changes after version ``since``, also what has changed already."""
         with self._lock:
             events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-            events.put({"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "1"}}})
+            bookmark = {"metadata": {"resourceVersion": str(since)}}
+            events.put({"type": "BOOKMARK", "object": bookmark})
+            for version, event in self._events:
+                if version > since:
+                    events.put(event)
             self._watches.append(events)
             return events
 
@@ -135,7 +148,10 @@ def _handler(api: SlicesApi) -> type[http.server.BaseHTTPRequestHandler]:
                 self.send_error(404)
             else:
                 api.asked.append(asked)
-                self._watch() if "watch" in asked else self._list(int(asked.get("continue", "0")))
+                if "watch" in asked:
+                    self._watch(int(asked["resourceVersion"]))
+                else:
+                    self._list(int(asked.get("continue", "0")))
 
         def _list(self, start: int) -> None:
             body = json.dumps(api.list(start)).encode()
@@ -144,8 +160,8 @@ def _handler(api: SlicesApi) -> type[http.server.BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
 
-        def _watch(self) -> None:
-            events = api.watch()
+        def _watch(self, since: int) -> None:
+            events = api.watch(since)
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
