@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _SLICE_SECONDS: Final = 5.0
 """How long a slot is held undisturbed, whoever waits: opening a connection costs its part of it."""
 
+_FRESH_SECONDS: Final = 1.0
+"""How long a token that was just had is taken to be good: asking again takes five turns of threads.
+"""
+
 _MOST_BESIDE: Final = 32
 """Requests that go on beside the slots; each has buffers of half a megabyte."""
 
@@ -51,7 +55,7 @@ class Slot:
     blob: object
     """What is fetched, for whoever wants to know how many there are."""
     queued: bool = False
-    """Whether it had to be waited for."""
+    """Whether it had to be waited for, so long that an access of before may be stale."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     keep: Callable[[], bool] = field(default=lambda: False)
     """Whether what came would come again, were the request stopped now."""
@@ -78,7 +82,7 @@ class _Waiter:
     group: str
     demand: Demand
     blob: object
-    waited: bool = False
+    since: float = field(default_factory=trio.current_time)
     granted: trio.Event = field(default_factory=trio.Event)
     slot: Slot | None = None
     promised: Slot | None = None
@@ -140,7 +144,6 @@ class Transfers:
         self._deal()
         try:
             while waiter.slot is None:
-                waiter.waited = True
                 with trio.move_on_after(self._make_room(waiter)):
                     await waiter.granted.wait()
         except trio.Cancelled:
@@ -152,9 +155,10 @@ class Transfers:
                 self._queue.remove(waiter)
         return waiter.slot
 
-    def _give(self, waiter: _Waiter, *, queued: bool) -> Slot:
+    def _give(self, waiter: _Waiter) -> Slot:
         connection = self._idle.pop() if self._idle else Connection(self._settings, self._contexts)
         now = trio.current_time()
+        queued = now - waiter.since > _FRESH_SECONDS
         slot = Slot(waiter.group, waiter.demand, now, connection, self.pacing, waiter.blob, queued)
         self._slots.add(slot)
         self.pacing.begin(slot.demand)
@@ -195,7 +199,7 @@ class Transfers:
 
             waiter = min(waiting, key=turn)
             self._queue.remove(waiter)
-            waiter.slot = self._give(waiter, queued=waiter.waited)
+            waiter.slot = self._give(waiter)
             waiter.granted.set()
 
     def _make_room(self, waiter: _Waiter) -> float:
