@@ -8,6 +8,7 @@ bind; ``skopeo`` and ``oras`` leave archives packed, ours and ``curl`` with ``ta
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import functools
 import hashlib
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tests.bench.measure import Run
     from tests.bench.models import Pushed
 
+_PACKAGES: Final = ("csi", "fetcher", "fuse", "proto")
 _QUICK: Final = (Case(1024, 4),)
 _ALL: Final = (
     Case(64, 1),
@@ -242,6 +244,9 @@ def main() -> None:
     theirs = [one for one in THEIRS if one.name in arguments.against.split(",")]
     if any(one.name == "oras" for one in theirs) and not ORAS.exists():
         parser.error(f"{ORAS} is not built: run 'make {ORAS}', or leave oras out of --against")
+    for package in _PACKAGES:
+        # as it is where it was installed
+        compileall.compile_dir(package, quiet=1)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="bench-pull-") as folder:
         bench = Bench(Path(folder), theirs, arguments.runs, quietly=not arguments.as_it_is)
