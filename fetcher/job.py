@@ -201,9 +201,9 @@ class Job:
         """As :meth:`want`, of bytes that nobody waits for; the lower ``order`` comes first."""
         await self._have(Want(wanted, Urgency.BACKGROUND, order))
 
-    async def prove(self) -> None:
-        """Have all that is not trusted from a trusted source, to be compared or replaced."""
-        await self._have(Want(self._everything, Urgency.WHOLE, trusted=True))
+    async def prove(self, wanted: Range) -> None:
+        """Have what is not trusted of it from a trusted source, to be compared or replaced."""
+        await self._have(Want(wanted, Urgency.WHOLE, trusted=True))
 
     async def _have(self, want: Want) -> None:
         waiter = _Waiter(want)

@@ -9,12 +9,14 @@ keeps what it has.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fetcher.download import Download, DownloadSettings, Source
+from fetcher.endings import Ending, Outcome
 from fetcher.errors import DigestMismatch, ModelError
 from fetcher.job import Job
 from fetcher.ranges import Range
@@ -23,7 +25,8 @@ from fetcher.threads import run_stoppable
 from fetcher.transfers import Transfers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    import threading
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from fetcher.modelpack import Layer
     from fetcher.oci import Digest
@@ -38,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS: Final = 5.0
 """How much of a download, at most, a power loss takes back."""
+
+_MOST_SAMPLINGS: Final = 3
+"""Of a blob whose bytes are wrong, before all that others sent is compared."""
 
 _IDLE_SECONDS: Final = 1.0
 """How long a thread waits for the next bytes to hash, before it is left to others."""
@@ -121,73 +127,118 @@ class Jobs:
             job.end()
 
     async def _complete(self, job: Job) -> None:
-        """Fetch, verify, synchronise, record."""
-        store, layer = self._store, job.layer
-        digest = layer.descriptor.digest
+        """Fetch, verify, synchronise, record; again as long as other bytes may be right."""
         download = Download(job, self._registry, self._transfers, self._settings, self._peers)
-        while not store.has_bytes(layer):
-            # in a thread: it reads the headers of what there is of a tar
-            partial = await run_stoppable(lambda _: _opened(store, job))
-            size = layer.descriptor.size
-            # a begun chunk counts too; of an empty blob nothing can be there
-            resumed = size > 0 and partial.missing() != [Range(0, size)]
-            job.fresh = not resumed
-            doubted = others = False
-            try:
-                with partial.watch(job.arrived):
-                    job.begin(partial, download)
-                    right = await self._fetch_and_verify(job, download, partial)
-                    among_peers = not right and download.leave_peers()
-                    shown = self._is_shown(partial)
-                    if not right and (shown or among_peers) and not partial.is_all_trusted:
-                        # what was shown is right, as far as anybody knows: who else sent some?
-                        others = among_peers or download.distrust()
-                        doubted = job.trusted_source is None
-                        if doubted:
-                            # nobody is here to be asked what is right: only what was shown stays
-                            await run_stoppable(partial.drop_untrusted)
-                        else:
-                            await self._prove(job, download, partial)
-                            download.blame_peers(partial.replaced)
-                            right = await self._fetch_and_verify(job, download, partial)
-                if right and not partial.is_misread:
-                    await run_stoppable(partial.finish)
-                    partial.conclude(Verdict.VERIFIED)
-                    download.judge_peers(hearsay_is_right=True)
-                    store.complete_blob(layer)
-                    break
-                was_shown = self._is_shown(partial) and not (doubted or partial.is_misread)
-                if was_shown:
-                    partial.conclude(Verdict.SPOILED)
-            finally:
-                partial.close()
-            if doubted and not partial.is_misread:
-                if others:
-                    continue
-                raise _wrong_bytes(job)
-            store.discard_blob(digest)
-            if partial.is_misread:
-                # nobody has seen what is in it: that takes headers that are trusted
-                logger.warning("blob %s: its headers were wrong, fetching anew", digest)
-                download.distrust()
-                continue
-            # what was there before may have been wrong, and another source may be right
-            if was_shown or not (download.distrust() or among_peers or resumed):
-                error = _wrong_bytes(job)
-                if was_shown:
-                    self.spoiled(digest, error)
-                raise error
-            logger.warning("blob %s: the bytes were wrong and were dropped, fetching anew", digest)
+        while not self._store.has_bytes(job.layer):
+            outcome = await self._attempt(job, download)
+            if outcome.ending is Ending.COMPLETE:
+                break
+            self._clear_away(job, download, outcome)
         job.complete = True
+
+    async def _attempt(self, job: Job, download: Download) -> Outcome:
+        """Fetch what is not there, and verify the whole."""
+        # in a thread: it reads the headers of what there is of a tar
+        partial = await run_stoppable(lambda _: _opened(self._store, job))
+        size = job.layer.descriptor.size
+        # a begun chunk counts too; of an empty blob nothing can be there
+        job.fresh = not size or partial.missing() == [Range(0, size)]
+        try:
+            with partial.watch(job.arrived):
+                job.begin(partial, download)
+                right = await self._fetch_and_verify(job, download, partial)
+                outcome = Outcome(Ending.COMPLETE)
+                if not right and partial.is_misread:
+                    download.leave_peers()
+                elif not right:
+                    outcome = await self._repair(job, download, partial)
+            if partial.is_misread:
+                return Outcome(Ending.MISREAD)
+            if outcome.ending is Ending.COMPLETE:
+                await run_stoppable(partial.finish)
+                partial.conclude(Verdict.VERIFIED)
+                download.judge_peers(hearsay_is_right=True)
+                self._store.complete_blob(job.layer)
+            elif outcome.ending is Ending.WRONG and self._is_shown(partial):
+                partial.conclude(Verdict.SPOILED)
+                return Outcome(Ending.SPOILED)
+            return outcome
+        finally:
+            partial.close()
+
+    async def _repair(self, job: Job, download: Download, partial: PartialBlob) -> Outcome:
+        """The bytes are wrong: have those replaced that are, where somebody can say which."""
+        if job.trusted_source is not None and await self._sample(job, download, partial):
+            return Outcome(Ending.COMPLETE)
+        among_peers = download.leave_peers()
+        if partial.is_all_trusted or not (among_peers or self._is_shown(partial)):
+            return Outcome(Ending.WRONG, among_peers)
+        # what was shown is right, as far as anybody knows: who else sent some?
+        others = among_peers or download.distrust()
+        if job.trusted_source is None:
+            await run_stoppable(partial.drop_untrusted)
+            return Outcome(Ending.DOUBTED, others)
+        await self._compare(job, download, partial, [Range(0, partial.size)])
+        partial.verify_anew()
+        download.blame_peers(partial.replaced)
+        right = await self._fetch_and_verify(job, download, partial)
+        return Outcome(Ending.COMPLETE if right else Ending.WRONG, among_peers)
+
+    async def _sample(self, job: Job, download: Download, partial: PartialBlob) -> bool:
+        """Compare a chunk of each peer that sent some, and have all fetched again that came from
+        those who sent a wrong one; whether the whole is right then.
+        """
+        for _ in range(_MOST_SAMPLINGS):
+            samples = download.peer_samples(partial)
+            if not samples:
+                return False
+            await self._compare(job, download, partial, map(partial.chunk, samples))
+            wrong = partial.replaced & samples
+            if not wrong:
+                return False
+            found = [one for one in download.sent_by_liars(wrong) if not partial.is_trusted(one)]
+            await run_stoppable(functools.partial(_drop, partial, found))
+            job.look_again()
+            if await self._fetch_and_verify(job, download, partial):
+                return True
+        return False
+
+    def _clear_away(self, job: Job, download: Download, outcome: Outcome) -> None:
+        """Drop what is wrong, so that it comes again from others. Raises what everybody is to be
+        told where nobody is left who may have the right bytes.
+        """
+        digest, ending = job.layer.descriptor.digest, outcome.ending
+        if ending is Ending.DOUBTED:
+            if not outcome.others:
+                raise _wrong_bytes(job)
+            return
+        self._store.discard_blob(digest)
+        if ending is Ending.SPOILED:
+            error = _wrong_bytes(job)
+            self.spoiled(digest, error)
+            raise error
+        others = download.distrust() or outcome.others
+        if ending is Ending.MISREAD:
+            logger.warning("blob %s: its headers were wrong, fetching anew", digest)
+            return
+        # what was there before may have been wrong, and another source may be right
+        if job.fresh and not others:
+            raise _wrong_bytes(job)
+        logger.warning("blob %s: the bytes were wrong and were dropped, fetching anew", digest)
 
     def _is_shown(self, partial: PartialBlob) -> bool:
         """Whether readers may have seen some of it: what they have seen stays in their memory."""
         return partial.digest in self.names and partial.is_any_trusted
 
-    async def _prove(self, job: Job, download: Download, partial: PartialBlob) -> None:
-        """Replace what a source that is not trusted has sent wrong."""
-        digest = job.layer.descriptor.digest
-        logger.warning("blob %s: some bytes are wrong, comparing with the registry's", digest)
+    async def _compare(
+        self, job: Job, download: Download, partial: PartialBlob, parts: Iterable[Range]
+    ) -> None:
+        """Replace what a source that is not trusted has sent wrong of some parts."""
+        digest, wanted = job.layer.descriptor.digest, list(parts)
+        size = sum(map(len, wanted))
+        logger.warning(
+            "blob %s: some bytes are wrong, comparing %d of them with the registry's", digest, size
+        )
         failures: list[ModelError] = []
 
         async def fetch(scope: trio.CancelScope) -> None:
@@ -199,11 +250,12 @@ class Jobs:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fetch, nursery.cancel_scope)
-            await job.prove()
+            async with trio.open_nursery() as proving:
+                for part in wanted:
+                    proving.start_soon(job.prove, part)
             nursery.cancel_scope.cancel()
         if failures:
             raise failures[0]
-        partial.verify_anew()
 
     async def _fetch_and_verify(self, job: Job, download: Download, partial: PartialBlob) -> bool:
         """Whether the bytes, once all are there, are what the digest says."""
@@ -265,6 +317,12 @@ def _opened(store: Store, job: Job) -> PartialBlob:
     if job.chunks is not None and known is not None and not partial.expect(known, job.chunks.name):
         logger.info("blob %s was begun in other chunks than those with digests", digest)
     return partial
+
+
+def _drop(partial: PartialBlob, chunks: Iterable[int], _: threading.Event) -> None:
+    """What liars have sent is not believed."""
+    for one in chunks:
+        partial.drop(one)
 
 
 async def _verified(job: Job, download: Download, partial: PartialBlob) -> bool:

@@ -28,6 +28,7 @@ from fetcher.peers import protocol
 from fetcher.peers.choice import BlobChoice, Flow, Help, Pick
 from fetcher.peers.client import PeerRequest
 from fetcher.peers.protocol import Have
+from fetcher.peers.samples import samples, sent_by
 from fetcher.peers.strands import Cut, Rope
 from fetcher.schedule import Urgency
 
@@ -386,6 +387,28 @@ class PeerFetching:
         """These chunks were wrong; who sent all of one is known to have sent wrong bytes."""
         for name, has_all in self._sole_senders(chunks).items():
             self._accuse(name, has_all=has_all)
+
+    def samples(self, is_open: Callable[[int], bool]) -> set[int]:
+        """See :func:`fetcher.peers.samples.samples`."""
+        return set() if self._choice is None else samples(self._choice.contributors, is_open)
+
+    def found_out(self, wrong: Iterable[int]) -> list[int]:
+        """These samples were wrong: all chunks that came from who sent them.
+
+        Who only passed them on finds that out as well, and may be asked again.
+        """
+        contributors = self._chosen.contributors
+        senders = {name: all_ for one in wrong for name, all_ in contributors[one].items()}
+        chunks = sent_by(contributors, senders)
+        for one in chunks:
+            del contributors[one]
+        for name, has_all in senders.items():
+            if has_all:
+                self.ban(name)
+            else:
+                self._client.standings.counts["wrong"] += 1
+                logger.warning("peer %s passed on wrong bytes: they are fetched again", name)
+        return chunks
 
     def suspect(self, chunks: Iterable[int]) -> None:
         """As :meth:`blame`, of chunks that are wrong by hearsay."""

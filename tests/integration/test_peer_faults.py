@@ -88,6 +88,16 @@ def lying(have: str) -> Rewrite:
     return rewrite
 
 
+def honest(have: str) -> Rewrite:
+    """``have`` is what the peer says that it has."""
+
+    def rewrite(answer: BlobAnswer) -> BlobAnswer:
+        answer.headers["Model-Csi-Have"] = have
+        return answer
+
+    return rewrite
+
+
 def always(answer: Callable[[BlobAnswer], BlobAnswer]) -> Faults:
     faults = Faults()
     faults.rewrites = Always([answer])  # type: ignore[assignment]
@@ -228,3 +238,57 @@ def test_a_chunk_that_two_sent_and_that_is_wrong_begins_anew(
     assert done.files == files_of(builder)
     assert "contradict" not in caplog.text
     assert Digest.of(done.files["model-0.safetensors"]) in builder.blobs
+
+
+def test_one_of_many_that_lies_costs_little_more_than_what_it_sent(
+    registry: RegistryServer, home: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without chunk digests: a chunk of each sender tells who it was."""
+    builder = weights(160 * CHUNK)
+    builder.push(registry, "faults/sampled", "v1")
+    with peers(registry, 5) as (liar, *others):
+        liar.faults = always(lying("all"))
+        for one in others:
+            one.faults = always(honest("all"))
+        addresses = (liar.address, *(one.address for one in others))
+        done = pulled_among(tmp_path / "root", f"{home.address}/faults/sampled:v1", *addresses)
+    assert done.files == files_of(builder)
+    assert done.standings.of("peer-0").wrong == 1
+    assert not any(done.standings.of(f"peer-{number}").wrong for number in range(1, 5))
+    # samples, and what the registry was asked for anyway; the whole once more without them
+    assert home.counts.total < 40 * CHUNK
+    assert "fetching anew" not in caplog.text
+
+
+def test_who_passed_on_what_a_liar_sent_is_told_apart_from_him(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(96 * CHUNK)
+    builder.push(registry, "faults/passed-on", "v1")
+    with peers(registry, 3) as (deceived, *others):
+        deceived.faults = always(lying(f"{CHUNK}:{'ff' * 12}"))
+        for one in others:
+            one.faults = always(honest("all"))
+        addresses = (deceived.address, *(one.address for one in others))
+        done = pulled_among(tmp_path / "root", f"{home.address}/faults/passed-on:v1", *addresses)
+    assert done.files == files_of(builder)
+    assert not any(done.standings.of(f"peer-{number}").wrong for number in range(3))
+    assert done.standings.counts["wrong"] >= 1
+
+
+def test_a_liar_about_one_chunk_is_found_out_in_the_end(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(48 * CHUNK)
+    builder.push(registry, "faults/one-chunk", "v1")
+    with peers(registry, 3) as (liar, *others):
+        liar.faults.rewrites = [honest("all")] * 3 + [lying("all")] + [honest("all")] * 200
+        for one in others:
+            one.faults = always(honest("all"))
+        addresses = (liar.address, *(one.address for one in others))
+        done = pulled_among(tmp_path / "root", f"{home.address}/faults/one-chunk:v1", *addresses)
+    assert done.files == files_of(builder)
+    assert done.standings.of("peer-0").wrong == 1
+    assert not any(done.standings.of(f"peer-{number}").wrong for number in (1, 2))
+    # never more than all of it
+    assert home.counts.total <= 1.02 * 48 * CHUNK
