@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 _LOOK_UP_SECONDS: Final = 0.2
 """How long a waiting thread sleeps before it looks whether it should stop."""
-_GATHER_SECONDS: Final = 0.02
+_GATHER_SECONDS: Final = 0.06
 """What is gathered is lost to a kill: on a slow line it is not gathered for long."""
 _RECORDS_BYTES: Final = 256 * 1024
 """Of TLS, received at one time."""
