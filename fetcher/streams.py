@@ -6,6 +6,7 @@ that it also works inside the TLS of a proxy.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
@@ -104,15 +105,14 @@ class SocketStream:
                 watch.wait(self._readable, _GATHER_SECONDS)
             else:
                 watch.wait(self._readable)
-            try:
+            # not in the handler: what waiting raises would seem to be caused by that error
+            with contextlib.suppress(BlockingIOError):
                 count = self._socket.recv_into(buffer)
-            except BlockingIOError:
-                # nothing at all: no need to look so often
-                self._wake_at(1)
-                watch.wait(self._readable)
-            else:
                 watch.got(count)
                 return count
+            # nothing at all: no need to look so often
+            self._wake_at(1)
+            watch.wait(self._readable)
 
     def _readable(self, seconds: float) -> bool:
         return bool(self._input.poll(seconds * 1000))
