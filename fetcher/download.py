@@ -9,6 +9,7 @@ alone until a range was answered: a server that ignores ranges sends the whole b
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import logging
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from fetcher.modelpack import Layer
     from fetcher.oci import Reference
     from fetcher.peers.client import PeerClient
+    from fetcher.peers.turns import Turns
     from fetcher.registry import Registry
     from fetcher.schedule import Demand, Schedule, Want
     from fetcher.store.blobs import PartialBlob
@@ -174,6 +176,7 @@ class Download:
         self._client = peers
         self._peers = None if peers is None else self._fetching(peers)
         self._without_peers = False
+        self._chooses = False
         self._partial: PartialBlob | None = None
         self._all_pieces = trio.CancelScope()
 
@@ -188,13 +191,7 @@ class Download:
         """
         self._failure, self._partial = None, partial
         whole = _Tries()
-        if self._client is not None:
-            self._client.attend(self.wake, lambda: self._schedule.has_work(partial))
-        try:
-            await self._fetch(partial, whole)
-        finally:
-            if self._client is not None:
-                self._client.leave(self.wake)
+        await self._fetch(partial, whole)
 
     async def _fetch(self, partial: PartialBlob, whole: _Tries) -> None:
         while True:
@@ -290,15 +287,76 @@ class Download:
         self._void = False
         async with trio.open_nursery() as nursery:
             self._all_pieces = nursery.cancel_scope
-            while True:
-                piece, pick = self._next(partial)
-                if piece is not None:
-                    nursery.start_soon(self._fetch_piece, partial, piece, pick)
-                elif self._peers is not None and self._asks_peers:
-                    self._peers.review()
-                    await self._peers.pause(self._change)
-                else:
-                    await self._change()
+            try:
+                while True:
+                    await self._fetch_next(partial, nursery)
+            finally:
+                self._chooses = False
+
+    async def _fetch_next(self, partial: PartialBlob, nursery: trio.Nursery) -> None:
+        """Begin with one more piece; where there is none for now, wait until there may be."""
+        peers = self._peers if self._asks_peers else None
+        if peers is not None and not self._chooses:
+            self._chooses = True
+            self._turns.begin()
+        piece, pick = self._next(partial) if peers is None or self._may_look() else (None, None)
+        if piece is not None:
+            nursery.start_soon(self._fetch_piece, partial, piece, pick)
+        elif peers is not None:
+            self._turns.pass_on(self)
+            peers.review()
+            await peers.pause(self._change)
+        else:
+            self._chooses = False
+            await self._change()
+
+    # -- the turn to ask peers; see fetcher.peers.turns --------------------------------------------
+
+    @contextlib.contextmanager
+    def attending(self) -> Iterator[None]:
+        """Have its turns inside the block."""
+        if self._client is None:
+            yield
+            return
+        self._turns.attend(self)
+        try:
+            yield
+        finally:
+            self._turns.leave(self)
+
+    @property
+    def order(self) -> str:
+        """Its place among the downloads of the node."""
+        return self._blob.digest.hex
+
+    def has_work(self) -> bool:
+        """Whether anything is wanted that is not there and not on its way."""
+        return self._partial is not None and self._schedule.has_work(self._partial)
+
+    def is_choosing(self) -> bool:
+        """Whether it looks what to ask for when it is woken."""
+        return self._chooses
+
+    def is_opening(self) -> bool:
+        """Whether it is about to look for the first time."""
+        return self._partial is None
+
+    def is_asked(self) -> bool:
+        """Whether other nodes wait for some of it."""
+        return self._schedule.is_asked
+
+    def is_waiting(self) -> bool:
+        """Whether peers, or the registry in their place, are bringing something."""
+        return self._peers is not None and self._peers.is_waiting
+
+    @property
+    def _turns(self) -> Turns:
+        if self._client is None:
+            raise AssertionError("without peers there are no turns")
+        return self._client.turns
+
+    def _may_look(self) -> bool:
+        return self._schedule.is_hurried or self._turns.may_look(self)
 
     def _next(self, partial: PartialBlob) -> tuple[ScheduledPiece | None, Pick | None]:
         """What to fetch next; with peers a single chunk, and from whom."""

@@ -129,11 +129,12 @@ class Jobs:
     async def _complete(self, job: Job) -> None:
         """Fetch, verify, synchronise, record; again as long as other bytes may be right."""
         download = Download(job, self._registry, self._transfers, self._settings, self._peers)
-        while not self._store.has_bytes(job.layer):
-            outcome = await self._attempt(job, download)
-            if outcome.ending is Ending.COMPLETE:
-                break
-            self._clear_away(job, download, outcome)
+        with download.attending():
+            while not self._store.has_bytes(job.layer):
+                outcome = await self._attempt(job, download)
+                if outcome.ending is Ending.COMPLETE:
+                    break
+                self._clear_away(job, download, outcome)
         job.complete = True
 
     async def _attempt(self, job: Job, download: Download) -> Outcome:

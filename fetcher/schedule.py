@@ -127,6 +127,16 @@ class Schedule:
         """Whether more is wanted than the whole, sooner or later."""
         return any(want.urgency is not Urgency.WHOLE for want in self._wants)
 
+    @property
+    def is_hurried(self) -> bool:
+        """Whether somebody waits for these very bytes."""
+        return bool(self._wants) and self._wants[0].urgency <= Urgency.AHEAD
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether others than those of this node wait for some of it."""
+        return bool(self._wants) and self._wants[0].order < 0
+
     # -- what is fetched ---------------------------------------------------------------------------
 
     def next(

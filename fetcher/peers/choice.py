@@ -43,6 +43,7 @@ _GUESS_SECONDS: Final = 0.05
 """Between two guesses of the node: each costs both sides a request."""
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
+_EARLY_SECONDS: Final = 2.0
 _MOST_KEPT: Final = 4096
 _ELSEWHERE_SECONDS: Final = 0.5
 """How long a member that named another one for a chunk is not asked for it."""
@@ -74,6 +75,10 @@ class Appetite:
     """
     of_registry_alone: int = 8
     """For all chunks, while those who own them cannot be asked."""
+
+    def of_registry_each(self, members: int) -> int:
+        """For chunks that a node owns, by each of so many members of its zone."""
+        return max(round(self.of_registry / members), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +178,13 @@ class BlobChoice:
     def _holder(self, chunk: int, now: float) -> Member | None:
         """Somebody who has a chunk of this node's own, as where it joined the others later.
 
-        Where nobody told yet what he has of the blob, one of them is asked, once.
+        Where nobody told yet what he has of the blob, one of them is asked, once; but not if one
+        lacked another blob a moment ago, as all have just begun then.
         """
         able = [one for one in self._able(chunk, (), now) if self._is_ready(one, chunk, now)]
         nearby = self.members.nearby
-        if not (able or self._had or self._has_asked) and nearby:
+        is_early = now - self.standings.lacked_at < _EARLY_SECONDS
+        if not (able or self._had or self._has_asked or is_early) and nearby:
             self._has_asked = True
             one = random.choice(nearby)  # noqa: S311 - no secret
             usable = self._may_ask(one, chunk, now) and self._is_ready(one, chunk, now)
@@ -200,11 +207,7 @@ class BlobChoice:
     def again(self, chunk: int, now: float, excepted: Iterable[str] = ()) -> Pick | None:
         """Whom to ask for the rest of a chunk after somebody failed; None while it has to wait."""
         self._refresh()
-        found = self._source(chunk, self.line(chunk), now, excepted)
-        if found is None and not self._others(chunk, now, excepted):
-            # it has been chosen and waits for no other turn: those of the registry are its own
-            return Pick(chunk, None)
-        return found
+        return self._source(chunk, self.line(chunk), now, excepted)
 
     def _others(self, chunk: int, now: float, excepted: Iterable[str]) -> list[Member]:
         able = self._able(chunk, self.line(chunk), now)
@@ -301,7 +304,7 @@ class BlobChoice:
     @property
     def _of_registry(self) -> int:
         """This node's part of the requests for what each owns."""
-        return max(round(self.appetite.of_registry / (len(self.members.nearby) + 1)), 1)
+        return self.appetite.of_registry_each(len(self.members.nearby) + 1)
 
     def _has_waited(self, chunk: int, now: float) -> bool:
         # among thousands that begin together the first chunks take a while to come to everybody
@@ -442,6 +445,8 @@ class BlobChoice:
 
     def lacks(self, member: Member, chunk: int, now: float) -> None:
         """The member does not have the chunk, and does not fetch it."""
+        if chunk == self._first_asked:
+            self.standings.lacked_at = now
         _forget_past(self._lacking, now)
         self._lacking[member.name, chunk] = now + _LACKING_SECONDS
         if member.name in self._holders.get(chunk, ()):

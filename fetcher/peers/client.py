@@ -19,6 +19,7 @@ from fetcher.pacing import PacedSink
 from fetcher.peers import protocol
 from fetcher.peers.choice import Appetite
 from fetcher.peers.standings import Standings
+from fetcher.peers.turns import Turns
 from fetcher.peers.wholes import Wholes
 from fetcher.registry import BlobAccess
 from fetcher.routes import Hop, Route
@@ -90,34 +91,18 @@ class PeerClient:
         self._transfer = transfer
         self._contexts = Contexts()
         self._idle: collections.OrderedDict[Connection, str] = collections.OrderedDict()
-        self._wakers: dict[Callable[[], None], Callable[[], bool]] = {}
+        self.turns = Turns(self._has_room, trio.current_time)
 
     @property
     def authenticates(self) -> bool:
         """Whether peers prove who they are: a token only says who asks, and not who answers."""
         return self.settings.trust is not None and self.settings.trust.verify
 
-    # -- who is told when a request has ended ------------------------------------------------------
-
-    def attend(self, wake: Callable[[], None], has_work: Callable[[], bool]) -> None:
-        """Have ``wake`` called whenever another request may go out; ``has_work`` says whether there
-        is one that should.
-        """
-        self._wakers[wake] = has_work
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no download has anything left to ask for."""
-        return not any(has_work() for has_work in self._wakers.values())
-
-    def leave(self, wake: Callable[[], None]) -> None:
-        """Not any more."""
-        self._wakers.pop(wake, None)
-
-    def ended(self) -> None:
-        """Another request may go out."""
-        for wake in list(self._wakers):
-            wake()
+    def _has_room(self) -> bool:
+        """Whether another request may go out, to a peer or for what this node owns."""
+        appetite, standings = self.settings.appetite, self.standings
+        own = appetite.of_registry_each(len(self.members.nearby) + 1)
+        return standings.under_way < appetite.of_peers or standings.of_registry < own
 
     # -- one request -------------------------------------------------------------------------------
 

@@ -264,7 +264,7 @@ class PeerFetching:
                 self._pass_over(name)
             if pick.member is not None and flow.got and name in work.asked:
                 choice.brought(pick.chunk, pick.member, has_all=work.asked[name])
-            self._client.ended()
+            self._client.turns.begin()
 
     def _tell_why(self, chunk: int) -> None:
         """Of a chunk that is not this node's own, and that the registry is asked for."""
@@ -466,6 +466,11 @@ class PeerFetching:
 
     # -- all that is under way ---------------------------------------------------------------------
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self._works)
+
     async def pause(self, change: Callable[[], Awaitable[None]]) -> None:
         """Wait for ``change``, or for a moment, after which another request may go out."""
         with trio.move_on_after(_MOMENT):
@@ -473,6 +478,8 @@ class PeerFetching:
 
     def review(self) -> None:
         """Leave peers that are much too slow; with nothing else to ask for, have others help."""
+        if not self._works:
+            return
         now, standings = trio.current_time(), self._client.standings
         flows = list(self._works)
         for flow in flows:
@@ -488,7 +495,7 @@ class PeerFetching:
             self._leave_all(flows, now)
         elif standings.harvest.wants_trial:
             self._try_registry(flows)
-        elif self._client.is_idle:
+        elif self._client.turns.is_idle:
             self._have_help([one for one in flows if self._may_help(one)], now)
 
     def _harvested(self, flow: _StrandFlow) -> None:

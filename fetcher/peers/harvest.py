@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _LOOK_SECONDS: Final = 0.5
+_MOST_DOUBTS: Final = 2
 _FACTOR: Final = 4.0
 """In a crowd a registry has little left for each connection: only where it has much more for one
 than all peers for this node, nobody is waited for by asking it.
@@ -43,6 +44,7 @@ class Harvest:
     _tried_at: float = float("-inf")
     _of_peers: int = 0
     _least_answering: int = 0
+    _doubts: int = 0
 
     def brought(self, count: int) -> None:
         """So many bytes came from peers."""
@@ -65,6 +67,7 @@ class Harvest:
         # who began or ended meanwhile says nothing, nor does a time when nobody looked
         is_telling = self._least_answering > 0 and seconds < 3 * _LOOK_SECONDS
         is_poor = is_telling and pace * _FACTOR < self.registry
+        self._doubts = self._doubts + 1 if is_poor else 0
         if is_telling and not is_poor:
             self.rests = 0
         is_unknown = not self.registry and now >= self._tried_at + _TRIED_SECONDS
@@ -72,7 +75,7 @@ class Harvest:
         if self.wants_trial:
             self._tried_at = now
         self._since, self._of_peers, self._least_answering = now, 0, self.answering
-        return is_poor
+        return self._doubts >= _MOST_DOUBTS
 
     def rest(self, now: float) -> float:
         """Ask no peer for a while, longer each time: for how long."""

@@ -77,6 +77,8 @@ class Standings:
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
     served_at: float = _NEVER
     """When a peer began to send something last."""
+    lacked_at: float = _NEVER
+    """When a member had nothing of a blob of which this node owns some."""
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
     harvest: Harvest = field(default_factory=Harvest)

@@ -9,7 +9,7 @@ from fetcher.peers.harvest import Harvest
 MB = 1_000_000
 
 
-def looks(harvest: Harvest, pace: float, *, begin: float = 0.0, count: int = 6) -> list[bool]:
+def looks(harvest: Harvest, pace: float, *, begin: float = 0.0, count: int = 9) -> list[bool]:
     """Whether peers were found to be poor, at looks 0.2 s apart while they bring ``pace``."""
     found = []
     for number in range(count):
