@@ -44,6 +44,8 @@ _GUESS_SECONDS: Final = 0.05
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
 _EARLY_SECONDS: Final = 2.0
+_SILENT_SECONDS: Final = 30.0
+"""How long a member is not asked for a chunk of which it sent nothing."""
 _MOST_KEPT: Final = 4096
 _ELSEWHERE_SECONDS: Final = 0.5
 """How long a member that named another one for a chunk is not asked for it."""
@@ -367,7 +369,12 @@ class BlobChoice:
         asked = [one.pick.member for one in flows if one.pick.chunk == chunk]
         if not line or len(asked) >= _MOST_PARTS:
             return None
-        able = self._able(chunk, line, now) + self._guesses(chunk, line, now)
+        able = self._able(chunk, line, now)
+        if flow.got:
+            able += self._guesses(chunk, line, now)
+        else:
+            # who has sent nothing may be waited for in vain, but not for somebody who has it not
+            able = [one for one in able if one.name in self._holders.get(chunk, ())]
         able = [
             one
             for one in able
@@ -443,12 +450,18 @@ class BlobChoice:
         _forget_past(self._elsewhere, now)
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
 
-    def lacks(self, member: Member, chunk: int, now: float) -> None:
-        """The member does not have the chunk, and does not fetch it."""
+    def silent(self, member: Member, chunk: int, now: float) -> None:
+        """The member is to fetch the chunk, and has let wait for it: somebody else stands in."""
+        self.lacks(member, chunk, now, _SILENT_SECONDS)
+
+    def lacks(
+        self, member: Member, chunk: int, now: float, seconds: float = _LACKING_SECONDS
+    ) -> None:
+        """The member does not have the chunk, and does not fetch it; not for so many seconds."""
         if chunk == self._first_asked:
             self.standings.lacked_at = now
         _forget_past(self._lacking, now)
-        self._lacking[member.name, chunk] = now + _LACKING_SECONDS
+        self._lacking[member.name, chunk] = now + seconds
         if member.name in self._holders.get(chunk, ()):
             self._holders[chunk].remove(member.name)
 

@@ -362,7 +362,7 @@ class PeerFetching:
             member.name
         ):
             logger.debug("%s", error.message)
-            choice.refused(member, chunk, now)
+            choice.silent(member, chunk, now)
         else:
             seconds = standings.failed(member.name, now, started)
             logger.info("%s; not asked again for %.0f s", error.message, seconds)

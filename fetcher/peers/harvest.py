@@ -21,8 +21,8 @@ _BELIEVED_SECONDS: Final = 60.0
 _LITTLE: Final = 4 * 1024 * 1024
 """Bytes per second of all peers together, at which it is worth some bytes to know that."""
 _TRIED_SECONDS: Final = 30.0
-_FIRST_REST: Final = 15.0
-_LONGEST_REST: Final = 240.0
+_FIRST_REST: Final = 60.0
+_LONGEST_REST: Final = 480.0
 
 
 @dataclass(slots=True)

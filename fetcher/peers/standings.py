@@ -22,7 +22,7 @@ _LONGEST_REST: Final = 60.0
 _BAN: Final = 600.0
 _LONGEST_BUSY: Final = 30.0
 _DEFAULT_BUSY: Final = 1.0
-_SLOW_REST: Final = 15.0
+_SLOW_REST: Final = 30.0
 _MUCH_SLOWER: Final = 8.0
 _SHORT_SECONDS: Final = 2.0
 """What takes no longer is waited for, however slow it is."""

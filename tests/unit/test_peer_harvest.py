@@ -58,9 +58,9 @@ def test_what_a_registry_brought_long_ago_is_forgotten() -> None:
 def test_peers_rest_longer_each_time_until_they_bring_enough() -> None:
     harvest = Harvest(answering=1)
     harvest.measured(100 * MB, 0.0)
-    assert [harvest.rest(0.0), harvest.rest(0.0)] == [15.0, 30.0]
-    assert harvest.is_resting(29.0)
-    assert not harvest.is_resting(30.0)
-    harvest.measured(10 * MB, 30.0)
-    looks(harvest, 50 * MB, begin=30.0)
-    assert harvest.rest(40.0) == 15.0
+    assert [harvest.rest(0.0), harvest.rest(0.0)] == [60.0, 120.0]
+    assert harvest.is_resting(119.0)
+    assert not harvest.is_resting(120.0)
+    harvest.measured(10 * MB, 120.0)
+    looks(harvest, 50 * MB, begin=120.0)
+    assert harvest.rest(130.0) == 60.0
