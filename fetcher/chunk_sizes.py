@@ -14,9 +14,9 @@ _TAR_CHUNKS: Final = 128
 
 _LEAST_TAR_CHUNK: Final = 64 * 1024
 
-_CHUNKS: Final = 64
+_CHUNKS: Final = 128
 """Of any other layer, at least: with fewer of them, the last ones keep nodes that share a blob
-waiting for each other.
+waiting for each other, and so do the first ones those whose pods read here and there.
 """
 _LEAST_CHUNK: Final = 1024 * 1024
 """Less would be more requests than it is worth."""
