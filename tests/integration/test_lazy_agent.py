@@ -303,11 +303,11 @@ def test_bytes_of_a_mirror_are_not_shown_before_all_are_verified(
     builder.push(registry, "lazy/mirror", "v1")
     blob, data = large(builder)
     write_hosts(tmp_path / "hosts", proxy.address, mirrors_toml(mirror.address))
-    mirror.faults = Faults(bytes_per_second=24 * CHUNK)
+    mirror.faults = Faults(bytes_per_second=8 * CHUNK)
 
     async def work(node: LazyNode) -> None:
         model = await node.open(f"{proxy.address}/lazy/mirror:v1", Prefetch.ALL)
-        await until(lambda: model.progress().done >= 8 * CHUNK)
+        await until(lambda: model.progress().done >= 4 * CHUNK)
         # what is wanted must not have to hurry, however busy the machine is
         mirror.faults = Faults(bytes_per_second=CHUNK)
         assert node.shown(blob, 0, 5) is None
