@@ -317,8 +317,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if cut is not None:
                 piece = piece[: cut - sent]
-            self.wfile.write(_corrupted(piece, offset + sent, faults.corrupt_at))
+            # before: who has the bytes may look at once how many there were
             self.server.counts.add(digest, len(piece))
+            self.wfile.write(_corrupted(piece, offset + sent, faults.corrupt_at))
             sent += len(piece)
             if cut is not None and sent >= cut:
                 self.close_connection = True
