@@ -44,6 +44,7 @@ _GUESS_SECONDS: Final = 0.05
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
 _EARLY_SECONDS: Final = 2.0
+"""How long all are taken to have just begun, after one of them lacked a blob."""
 _SILENT_SECONDS: Final = 30.0
 """How long a member is not asked for a chunk of which it sent nothing."""
 _MOST_KEPT: Final = 4096

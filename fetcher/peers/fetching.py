@@ -51,8 +51,6 @@ _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
 _JUDGED_SECONDS: Final = 1.0
 _MOST_DOUBTS: Final = 2
-_MOST_LOAD: Final = 64
-"""Uploads at one time that are believed of a peer: what it says of itself must not excuse it."""
 _LONGEST_PAUSE: Final = 0.5
 """Between two looks for somebody who is not busy."""
 _SHOWN_SECONDS: Final = 5.0
@@ -336,7 +334,7 @@ class PeerFetching:
                 standings.harvest.answering += 1
         load = headers.get(protocol.LOAD.lower(), "")
         if load.isascii() and load.isdigit() and len(load) < 6:
-            standings.told(member.name, min(int(load), _MOST_LOAD))
+            standings.told(member.name, int(load))
         have = Have.parse(headers.get(protocol.HAVE.lower(), ""))
         if have is not None:
             self._chosen.told(member, have)

@@ -79,7 +79,7 @@ def slowly(answer: BlobAnswer) -> BlobAnswer:
 
 def lying(answer: BlobAnswer) -> BlobAnswer:
     """Flip a bit of a chunk; lists, which are short, stay as they are."""
-    time.sleep(0.05)
+    slowly(answer)
     if len(answer.body) >= CHUNK:
         answer.body = bytes([answer.body[0] ^ 1]) + answer.body[1:]
     return answer
@@ -93,6 +93,17 @@ def forge(node: PeerNode, builder: ModelBuilder, reference: str) -> None:
     body = ChunkDigests.over([wrong], CHUNK).encode()
     name = Reference.parse(reference).name
     node.store.lists.put(name, builder.digest, ListRecord(body, time.time()))
+
+
+async def pulled_right(
+    folder: Path, token: Path, reference: str, builder: ModelBuilder, *peers: Proxy
+) -> Standings:
+    """Pull a model among peers, and see that it is right; what is believed of them then."""
+    addresses = (one.address for one in peers)
+    async with asking(folder / "root", token, *addresses) as (pulls, standings):
+        with trio.fail_after(30):
+            assert shown(await pull(pulls, reference)) == files_of(builder)
+        return standings
 
 
 @pytest.fixture
@@ -120,13 +131,10 @@ def test_a_liar_is_found_out_by_the_list_of_one_that_completed_the_model(
                 await pull(node.pulls, reference)
             sent = home.counts.total
             with before(liar, lying) as one, before(honest, slowly) as other:
-                addresses = (one.address, other.address)
                 token = tmp_path / "liar.token"
-                async with asking(tmp_path / "root", token, *addresses) as (pulls, standings):
-                    with trio.fail_after(30):
-                        assert shown(await pull(pulls, reference)) == files_of(builder)
-                    assert standings.of("peer-0").wrong >= 1
-                    assert standings.of("peer-1").wrong == 0
+                standings = await pulled_right(tmp_path, token, reference, builder, one, other)
+            assert standings.of("peer-0").wrong >= 1
+            assert standings.of("peer-1").wrong == 0
             assert home.counts.total - sent < COUNT * CHUNK / 2
 
     trio.run(main)
@@ -154,13 +162,10 @@ def test_a_forged_list_costs_its_sender_and_nobody_else(
             forge(forger, builder, reference)
             sent = home.counts.total
             with before(forger, slowly) as one, before(honest, slowly) as other:
-                addresses = (one.address, other.address)
                 token = tmp_path / "forger.token"
-                async with asking(tmp_path / "root", token, *addresses) as (pulls, standings):
-                    with trio.fail_after(30):
-                        assert shown(await pull(pulls, reference)) == files_of(builder)
-                    assert standings.of("peer-0").wrong == 1
-                    assert standings.of("peer-1").wrong == 0
+                standings = await pulled_right(tmp_path, token, reference, builder, one, other)
+            assert standings.of("peer-0").wrong == 1
+            assert standings.of("peer-1").wrong == 0
             assert home.counts.total - sent < COUNT * CHUNK / 2
 
     trio.run(main)
@@ -179,17 +184,15 @@ def test_what_peers_answer_instead_of_a_list_keeps_no_pull(
             sent = home.counts.total
 
             def short(answer: BlobAnswer) -> BlobAnswer:
-                time.sleep(0.02)
+                slowly(answer)
                 if len(answer.body) < CHUNK:
                     answer.body = b"{}" + answer.body[2:]
                 return answer
 
             with before(peer, short) as one:
                 token = tmp_path / "peer.token"
-                async with asking(tmp_path / "root", token, one.address) as (pulls, standings):
-                    with trio.fail_after(30):
-                        assert shown(await pull(pulls, reference)) == files_of(builder)
-                    assert standings.of("peer-0").wrong == 0
+                standings = await pulled_right(tmp_path, token, reference, builder, one)
+            assert standings.of("peer-0").wrong == 0
             assert home.counts.total == sent
 
     trio.run(main)
