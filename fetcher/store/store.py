@@ -125,6 +125,11 @@ class Store:
             self.catalog.remove_blob(blob.digest)
         return there
 
+    def _is_whole_file(self, blob: Descriptor) -> bool:
+        """Whether a blob's file lies there and nobody fills it, recorded as complete or not."""
+        is_filled = self._chunks_path(blob.digest).exists()
+        return self.has_blob(blob) or (not is_filled and self.blob_path(blob.digest).exists())
+
     def has_bytes(self, layer: Layer) -> bool:
         """Whether the bytes of a layer's blob are all here, verified, in whatever form."""
         if self.has_blob(layer.descriptor):
@@ -282,7 +287,7 @@ class Store:
         if there and layer.packing is Packing.TAR and not self.has_blob(layer.descriptor):
             # what a kill left between the last step of its download and the removal of its frame
             self.discard_blob(layer.descriptor.digest)
-        elif there and layer.packing is not Packing.TAR and self.has_blob(layer.descriptor):
+        elif there and layer.packing is not Packing.TAR and self._is_whole_file(layer.descriptor):
             # or between its unpacking and the removal of what it was unpacked from
             self.laid_out(layer)
         return there

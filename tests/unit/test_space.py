@@ -557,7 +557,10 @@ def test_two_pulls_of_one_packed_layer_have_its_spare_room_once(tmp_path: Path) 
     in_store(tmp_path / "root", work)
 
 
-def test_what_a_layer_was_unpacked_from_goes_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_what_a_layer_was_unpacked_from_goes_after_a_kill(
+    tmp_path: Path, is_recorded: bool
+) -> None:
     builder = ModelBuilder().add_tar([Member("a", b"x" * MIB)], Packing.TAR_ZSTD)
     model = read_model(builder.manifest())
     [layer] = model.layers
@@ -568,6 +571,9 @@ def test_what_a_layer_was_unpacked_from_goes_after_a_kill(tmp_path: Path) -> Non
             await store.reserve("r/m:v1", model, EVERYTHING)
             put_content(store, layer, builder.blobs[digest])
             store.lay_out(layer, UnpackLimits(max_bytes=2 * MIB), STILL)
+            if not is_recorded:
+                # the removal had begun
+                store.catalog.remove_blob(digest)
 
     async def started_again(store: Store) -> None:
         assert store.blob_path(digest).exists()
