@@ -364,8 +364,8 @@ def test_a_disk_that_others_fill_while_a_pull_runs(
             filler.unlink()
             proxy.faults.bytes_per_second = None
             assert (await pull(pulls, reference)).files == (1 if packing is Packing.RAW else 10)
-            # a chunk or two of each connection were on their way when it was full
-            assert proxy.counts.total <= sum(map(len, large.blobs.values())) + 4 * MIB
+            # what each of eight connections had in its buffers was lost, both times that it was full
+            assert proxy.counts.total <= sum(map(len, large.blobs.values())) + 8 * MIB
 
         in_node(disk / "root", Limits(min_free=0, high=99, low=98), work)
 

@@ -319,7 +319,11 @@ class _Handler(BaseHTTPRequestHandler):
                 piece = piece[: cut - sent]
             # before: who has the bytes may look at once how many there were
             self.server.counts.add(digest, len(piece))
-            self.wfile.write(_corrupted(piece, offset + sent, faults.corrupt_at))
+            try:
+                self.wfile.write(_corrupted(piece, offset + sent, faults.corrupt_at))
+            except OSError:
+                self.server.counts.add(digest, -len(piece))
+                raise
             sent += len(piece)
             if cut is not None and sent >= cut:
                 self.close_connection = True
