@@ -364,7 +364,7 @@ def test_a_disk_that_others_fill_while_a_pull_runs(
             filler.unlink()
             proxy.faults.bytes_per_second = None
             assert (await pull(pulls, reference)).files == (1 if packing is Packing.RAW else 10)
-            # what each of eight connections had in its buffers was lost, both times that it was full
+            # what each of eight connections had in its buffers was lost, each time it was full
             assert proxy.counts.total <= sum(map(len, large.blobs.values())) + 8 * MIB
 
         in_node(disk / "root", Limits(min_free=0, high=99, low=98), work)
