@@ -82,10 +82,10 @@ async def inspect_model(
     registry: Registry, reference: Reference, keychain: Keychain
 ) -> protocol.InspectResult:
     """What the registry has under ``reference``, without downloading a layer."""
-    manifest, top = await registry.resolve_model(reference, keychain)
+    manifest, named = await registry.resolve_model(reference, keychain)
     model = read_model(manifest)
     return protocol.InspectResult(
-        reference=str(reference.with_digest(top)),
+        reference=str(reference.with_digest(named.digest)),
         digest=str(model.digest),
         artifact_type=model.artifact_type,
         size=model.size,

@@ -138,20 +138,21 @@ class Registry:
         Raises ``NotFound``, ``Unauthenticated``, ``AccessDenied``, ``Unavailable``;
         ``InvalidArtifact`` for what is no manifest or too large; ``DigestMismatch``.
         """
-        return (await self._manifest(reference, keychain)).value
+        return (await self._manifest(reference, keychain)).value.found
 
-    async def _manifest(self, reference: Reference, keychain: Keychain) -> _Word[Manifest | Index]:
+    async def _manifest(self, reference: Reference, keychain: Keychain) -> _Word[_Sent]:
 
-        async def ask(host: Host, patience: Patience | None) -> Manifest | Index:
+        async def ask(host: Host, patience: Patience | None) -> _Sent:
             wish = _manifest_wish(reference, "GET", patience)
             answer = await self._ask(host, wish, keychain)
             if answer.is_page:
                 raise page(wish.asked(host), wish.what)
-            _check_digest(reference, answer)
+            told = _checked_digest(reference, answer)
             try:
-                return parse_manifest(answer.body, answer.media_type or None)
+                found = parse_manifest(answer.body, answer.media_type or None)
             except InvalidArtifact as error:
                 raise InvalidArtifact(f"{reference}: {error.message}", **error.context) from error
+            return _Sent(found, told or found.digest)
 
         return await self._prove(reference, ask)
 
@@ -163,7 +164,7 @@ class Registry:
             answer = await self._ask(host, wish, keychain)
             if answer.is_page:
                 raise page(wish.asked(host), wish.what)
-            _check_digest(reference, answer)
+            _checked_digest(reference, answer)
             digest = reference.digest or Digest.of(answer.body)
             return Document(digest, answer.media_type, answer.body)
 
@@ -171,21 +172,22 @@ class Registry:
 
     async def resolve_model(
         self, reference: Reference, keychain: Keychain
-    ) -> tuple[Manifest, Digest]:
+    ) -> tuple[Manifest, Named]:
         """The manifest of the model, through an index if there is one, and what pins it.
 
         The digest is that of what the reference names, which is the index where there is one: a
-        reference pinned to it gives the same bytes for ever, on each platform its own.
+        reference pinned to it gives the same bytes for ever, on each platform its own. To be sent
+        it is the same proof as to be told it by :meth:`named`.
         """
-        found = await self.manifest(reference, keychain)
-        top = found.digest if reference.digest is None else reference.digest
+        word = await self._manifest(reference, keychain)
+        found, named = word.value.found, Named(word.value.digest, word.by_registry)
         for _ in range(_MAX_INDEXES):
             if isinstance(found, Manifest):
-                return found, top
+                return found, named
             child = pick(found, self._platform)
             found = await self.manifest(reference.with_digest(child.digest), keychain)
         if isinstance(found, Manifest):
-            return found, top
+            return found, named
         raise InvalidArtifact(f"{reference}: more than {_MAX_INDEXES} indexes lie in each other")
 
     async def head_manifest(self, reference: Reference, keychain: Keychain) -> Digest:
@@ -384,6 +386,14 @@ class Registry:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sent:
+    """A manifest or an index, and the digest by which the reference names it."""
+
+    found: Manifest | Index
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class _Word(Generic[_T]):
     """An answer, and who gave it."""
 
@@ -424,14 +434,22 @@ def _blob_wish(reference: Reference, digest: Digest, method: str) -> Wish:
     return Wish(method, reference.repository, path, f"the blob {digest}", follow=method != "HEAD")
 
 
-def _check_digest(reference: Reference, answer: Answer) -> None:
+def _checked_digest(reference: Reference, answer: Answer) -> Digest | None:
+    """The digest by which a manifest was asked for, or which was told of it; None without either.
+
+    Raises :class:`DigestMismatch` where it is another one's.
+    """
     if reference.digest is not None:
         if not reference.digest.matches(answer.body):
             raise _mismatch(reference, f"the registry sent {Digest.of(answer.body)}")
-        return
-    told = answer.headers.get("docker-content-digest")
-    if told is not None and not Digest.parse(told).matches(answer.body):
-        raise _mismatch(reference, f"the registry calls {told[:140]} what it sent")
+        return reference.digest
+    header = answer.headers.get("docker-content-digest")
+    if header is None:
+        return None
+    told = Digest.parse(header)
+    if not told.matches(answer.body):
+        raise _mismatch(reference, f"the registry calls {header[:140]} what it sent")
+    return told
 
 
 def _mismatch(reference: Reference, what: str) -> DigestMismatch:

@@ -99,9 +99,12 @@ class Resolver:
 
         A manifest that came from this name before is not sent again: that the registry names its
         digest to these credentials is the proof that is needed. One that came from another name is:
-        whoever knows a digest can name it. Raises :class:`Unavailable` where it is not named within
+        whoever knows a digest can name it. Where nothing is known of the reference it is sent at
+        once, which proves as much. Raises :class:`Unavailable` where it is not named within
         ``patience`` seconds.
         """
+        if self._sent_before(reference) is None:
+            return await self._registry.resolve_model(reference, keychain)
         with trio.move_on_after(patience) as waiting:
             named = await self._registry.named(reference, keychain)
         if waiting.cancelled_caught:
@@ -111,11 +114,18 @@ class Resolver:
         top = named.digest
         if reference.digest is not None and top != reference.digest:
             raise Unavailable(f"the registry answered for {reference} with another digest, {top}")
-        catalog = self._store.catalog
-        known = catalog.manifest(top) if catalog.is_below(reference.name, top) else None
+        known = self._sent_before(reference.with_digest(top))
         if known is None:
             known, _ = await self._registry.resolve_model(reference.with_digest(top), keychain)
         return known, named
+
+    def _sent_before(self, reference: Reference) -> Manifest | None:
+        """The manifest that came from this very name, as the reference named it last."""
+        catalog = self._store.catalog
+        top = reference.digest or catalog.resolved(reference)
+        if top is None or not catalog.is_below(reference.name, top):
+            return None
+        return catalog.manifest(top)
 
     def _recall(
         self, reference: Reference, keychain: Keychain, proof: str, error: Unavailable | None

@@ -106,7 +106,7 @@ def test_a_digest_is_no_key_to_a_model(tmp_path: Path, guarded: RegistryServer) 
                     await node.pull(f"{evil.address}/any/thing{name}")
 
         in_node(tmp_path / "root", SETTINGS, work)
-        assert [one.method for one in evil.requests] == ["HEAD", "GET"] * 2
+        assert [one.method for one in evil.requests] == ["GET", "GET"]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,41 @@ def test_access_is_of_the_credentials_that_were_shown(
     in_node(tmp_path / "root", replace(SETTINGS, hosts_dir=tmp_path / "certs.d"), work)
 
 
+def test_a_manifest_is_sent_once_and_only_named_afterwards(
+    tmp_path: Path, guarded: RegistryServer
+) -> None:
+    builder, files = weights(CHUNK)
+    newer, newer_files = weights(CHUNK)
+    builder.push(guarded, "access/sent", "v1")
+    with serve_faulty(guarded) as home:
+
+        async def work(node: Node) -> None:
+            tag = f"{home.address}/access/sent:v1"
+            robot = Robot(home.address)
+
+            async def pulled(reference: str, keychain: Keychain) -> tuple[object, list[str]]:
+                home.requests.clear()
+                tree = shown(await node.pull(reference, keychain))
+                asked = [one for one in home.asked("/manifests/") if "authorization" in one.headers]
+                return tree, [one.method for one in asked]
+
+            assert await pulled(tag, robot) == (files, ["GET"])
+            assert await pulled(tag, robot) == (files, ["HEAD"])
+            # what is here is no proof for whoever asks next: the registry is asked in his name
+            with pytest.raises(Unauthenticated):
+                await node.pull(tag)
+            pinned = f"{home.address}/access/sent@{builder.digest}"
+            assert await pulled(pinned, robot) == (files, ["HEAD"])
+            newer.push(guarded, "access/sent", "v1")
+            assert await pulled(tag, robot) == (newer_files, ["HEAD", "GET"])
+            # and by another name it is sent again
+            newer.push(guarded, "access/other", "v1")
+            other = f"{home.address}/access/other@{newer.digest}"
+            assert await pulled(other, robot) == (newer_files, ["GET"])
+
+        in_node(tmp_path / "root", SETTINGS, work)
+
+
 def test_a_refusal_ends_all_that_was_recorded_for_these_credentials(
     tmp_path: Path, tokens: TokenServer, token_registry: RegistryServer
 ) -> None:
@@ -353,7 +388,8 @@ def test_a_slow_registry_is_waited_for_where_nobody_else_answers(
         return reply
 
     with serve_faulty(registry) as home, serve_faulty() as mirror:
-        home.add("/v2/", change=slow, method="HEAD")
+        home.add("/manifests/", change=slow)
+        home.add("/blobs/", change=slow, method="HEAD")
         both = mirrors_toml(mirror.address, capabilities='"pull", "resolve"')
         write_hosts(tmp_path / "certs.d", home.address, both)
 

@@ -91,7 +91,7 @@ def test_a_mirror_serves_the_bytes_and_the_registry_the_proof(
 
     in_node(tmp_path / "root", settings(tmp_path, home.address, mirrors_toml(mirror.address)), work)
     assert home.counts.total == 0
-    assert [method for method, _ in home.counts.requests] == ["HEAD", "GET"]
+    assert [method for method, _ in home.counts.requests] == ["GET"]
     assert mirror.counts.total == 5 * PIECE + 10
     assert all(path.endswith(f"?ns={home.address}") for _, path in mirror.counts.requests)
     assert all("/blobs/" in path for _, path in mirror.counts.requests)
@@ -500,7 +500,7 @@ def test_a_command_reads_the_folder_and_the_proxies_that_it_is_told_of(
     assert {one.name: one.read_bytes() for one in tree.iterdir()} == files
     assert mirror.counts.total == 2 * PIECE
     assert all("/manifests/" in goal for _, goal in forward.asked)
-    assert {method for method, _ in forward.asked} == {"HEAD", "GET"}
+    assert {method for method, _ in forward.asked} == {"GET"}
 
 
 def test_cancelling_at_any_checkpoint_leaves_hosts_that_can_be_asked(

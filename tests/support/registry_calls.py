@@ -11,7 +11,7 @@ import trio
 
 from fetcher.credentials import Anonymous, Keychain
 from fetcher.oci import Digest, Manifest, Reference
-from fetcher.registry import Registry, RegistrySettings
+from fetcher.registry import Named, Registry, RegistrySettings
 from tests.support.keychains import Everywhere
 from tests.support.registry import OCI_MANIFEST, RegistryServer
 from tests.support.token_server import PASSWORD
@@ -85,10 +85,11 @@ def manifest(reference: str, keychain: Keychain = NOBODY, **settings: Any) -> An
 
 
 def resolve(reference: str, keychain: Keychain = NOBODY) -> tuple[Manifest, Digest]:
-    found: tuple[Manifest, Digest] = ask(
+    found: tuple[Manifest, Named] = ask(
         lambda registry, parsed: registry.resolve_model(parsed, keychain), reference
     )
-    return found
+    manifest, named = found
+    return manifest, named.digest
 
 
 async def call_by_name(
