@@ -205,6 +205,8 @@ def lazy_volumes(
     settings = WorkerSettings(
         config.read_timeout, config.worker_cgroup, config.log_format, config.log_level
     )
+    if not config.spare_worker:
+        settings = replace(settings, spare=None)
 
     def why_not() -> str | None:
         if role != "serve":

@@ -144,6 +144,9 @@ class Config(PeerConfig):
             values.check_path,
         ),
     ] = None
+    spare_worker: Annotated[
+        bool, Rule("whether a process that will serve the next lazy volume is kept ready")
+    ] = True
     allowed_models: Annotated[
         tuple[str, ...],
         Rule(

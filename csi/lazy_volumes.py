@@ -319,6 +319,7 @@ class LazyVolumes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._workers.forward_logs)
             nursery.start_soon(self._sweep)
+            nursery.start_soon(self._workers.spare.keep, self._obstacle)
             while True:
                 key = await self._workers.death()
                 nursery.start_soon(revivals.revive, key, name=f"revival of {key.model.short}")

@@ -10,17 +10,18 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 import trio
 
+from fetcher.worker_protocol import Order, pair, read_ready, send_order
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import socket
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_MAX_READY_BYTES: Final = 16 * 1024
-_READY_DESCRIPTOR: Final = 3
+_LINE: Final = 3
+"""The descriptor at which a worker finds its end of the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,9 @@ class WorkerSettings:
     """The cgroup that they are put into; None for the driver's own."""
     log_format: str = "text"
     log_level: str = "info"
+    spare: float | None = 3.0
+    """Seconds of calm after which one is started that waits for its model; None: none is."""
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "fuse")
-
-
-class _Ready(msgspec.Struct):
-    """What a worker says once: that it has mounted, or why not."""
-
-    ready: bool = False
-    error: str = ""
 
 
 @dataclass(eq=False)
@@ -56,28 +52,50 @@ class WorkerProcess:
     """Whether its end is wanted, and nothing to tell of."""
 
 
-def launch(settings: WorkerSettings, which: Sequence[str], log: int) -> tuple[WorkerProcess, int]:
-    """Start a process; with where it says that it is ready, for :func:`problem_of`.
+@dataclass(frozen=True, eq=False, slots=True)
+class Launched:
+    """A process that waits to be told what to serve; it ends once nobody has the other end of its
+    line.
+    """
 
-    ``which`` are the arguments that name what it serves; it writes to ``log``, which is closed.
-    ``posix_spawn`` has no moment at which this process, with all of its threads, exists twice.
-    Raises OSError.
+    process: WorkerProcess
+    line: socket.socket
+
+    def order(self, order: Order, log: int) -> bool:
+        """Say what to serve; it writes to ``log`` from then on. False if it has ended."""
+        try:
+            send_order(self.line, order, log)
+        except OSError:
+            return False
+        return True
+
+    def drop(self) -> None:
+        """Nobody needs it: it is killed."""
+        self.line.close()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.process.descriptor, signal.SIGKILL)
+        os.close(self.process.descriptor)
+        reaped(self.process.pid)
+
+
+def launch(settings: WorkerSettings, root: Path) -> Launched:
+    """Start a process that will serve a model of the store at ``root``.
+
+    Until it knows which, it writes to this process's standard error. ``posix_spawn`` has no moment
+    at which this process, with all of its threads, exists twice. Raises OSError.
     """
     command = [
-        *settings.command,
-        *which,
+        *(*settings.command, "--root", str(root)),
         *("--read-timeout", f"{settings.read_timeout:g}"),
-        *("--ready-fd", str(_READY_DESCRIPTOR)),
+        *("--ready-fd", str(_LINE)),
         *("--log-format", settings.log_format, "--log-level", settings.log_level),
     ]
-    ready, said = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    ours, theirs = pair()
     try:
-        # in this order: the log may have the number of the pipe's place
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, log, 1),
-            (os.POSIX_SPAWN_DUP2, log, 2),
-            (os.POSIX_SPAWN_DUP2, said, _READY_DESCRIPTOR),
+            (os.POSIX_SPAWN_DUP2, 2, 1),
+            (os.POSIX_SPAWN_DUP2, theirs.fileno(), _LINE),
         ]
         pid = os.posix_spawn(
             command[0],
@@ -89,15 +107,14 @@ def launch(settings: WorkerSettings, which: Sequence[str], log: int) -> tuple[Wo
             setsigdef=(signal.SIGPIPE,),
         )
     except BaseException:
-        os.close(ready)
+        ours.close()
         raise
     finally:
-        os.close(said)
-        os.close(log)
-    worker = WorkerProcess(pid, os.pidfd_open(pid))
+        theirs.close()
+    process = WorkerProcess(pid, os.pidfd_open(pid))
     if settings.cgroup is not None:
         _move(pid, settings.cgroup)
-    return worker, ready
+    return Launched(process, ours)
 
 
 def _environment() -> dict[str, str]:
@@ -152,22 +169,16 @@ def _move(pid: int, cgroup: Path) -> None:
         )
 
 
-async def problem_of(ready: int) -> str | None:
+async def problem_of(line: socket.socket) -> str | None:
     """What keeps a worker from serving, as it says itself; None once it serves."""
-    said = b""
-    while not said.endswith(b"\n") and len(said) < _MAX_READY_BYTES:
+    while True:
         try:
-            piece = os.read(ready, _MAX_READY_BYTES)
+            answer = read_ready(line)
         except BlockingIOError:
-            await trio.lowlevel.wait_readable(ready)
+            await trio.lowlevel.wait_readable(line)
             continue
-        if not piece:
-            break
-        said += piece
-    if not said:
-        return "it ended before it was ready"
-    try:
-        answer = msgspec.json.decode(said, type=_Ready)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return "what it says of itself cannot be read"
-    return None if answer.ready else answer.error or "it does not say why"
+        except ValueError:
+            return "what it says of itself cannot be read"
+        if answer is None:
+            return "it ended before it was ready"
+        return None if answer.ready else answer.error or "it does not say why"

@@ -21,9 +21,11 @@ from csi import fuse_connections
 from csi.mount_table import mount_at
 from csi.mounts import unmount
 from csi.served import FUSE_TYPE
+from csi.spare_worker import SpareWorker
 from csi.worker_locks import LiveWorker, holder, is_held
 from csi.worker_logs import WorkerLogs
 from csi.worker_processes import (
+    Launched,
     WorkerProcess,
     WorkerSettings,
     has_ended,
@@ -34,6 +36,7 @@ from csi.worker_processes import (
 )
 from fetcher.errors import ModelError, Unavailable
 from fetcher.lazy_plan import lock_path
+from fetcher.worker_protocol import Order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +90,7 @@ class Workers:
         self._settings = settings
         self._nursery = nursery
         self._logs = logs or WorkerLogs()
+        self.spare = SpareWorker(settings, folders.root)
         self._workers: dict[TreeKey, WorkerProcess] = {}
         self._starts: dict[TreeKey, _Start] = {}
         self._questions: dict[TreeKey, _Question] = {}
@@ -241,15 +245,15 @@ class Workers:
         await unmount(mountpoint)
         try:
             mountpoint.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            log = self._logs.open(key, mountpoint)
-            worker, ready = launch(self._settings, self._arguments(key), log)
+            launched = self._launched(key, mountpoint)
         except OSError as error:
             raise Unavailable(
                 f"the worker of model {key.model.short} cannot be started: {error.strerror}"
             ) from error
+        worker = launched.process
         try:
             with trio.move_on_after(START_TIMEOUT):
-                problem = await problem_of(ready)
+                problem = await problem_of(launched.line)
                 if problem is None:
                     logger.info("process %d serves model %s", worker.pid, key.model.short)
                     return worker
@@ -263,12 +267,27 @@ class Workers:
             self._logs.drain(key)
             raise
         finally:
-            os.close(ready)
+            launched.line.close()
 
-    def _arguments(self, key: TreeKey) -> list[str]:
-        """What the worker of ``key`` is to serve."""
-        which = ["--root", str(self._folders.root), "--model", str(key.model)]
-        return [*which, "--selection", key.selection] if key.selection else which
+    def _launched(self, key: TreeKey, mountpoint: Path) -> Launched:
+        """A process that was told to serve ``key``: the one that waits for that, or a new one.
+
+        Raises OSError.
+        """
+        order = Order(str(key.model), key.selection)
+        log = self._logs.open(key, mountpoint)
+        try:
+            spare = self.spare.take()
+            if spare is not None:
+                if spare.order(order, log):
+                    return spare
+                spare.drop()
+            launched = launch(self._settings, self._folders.root)
+            # one that has ended already will not answer
+            launched.order(order, log)
+            return launched
+        finally:
+            os.close(log)
 
     async def _watch(self, key: TreeKey, worker: WorkerProcess) -> None:
         """Notice the worker's end."""

@@ -9,7 +9,7 @@ import signal
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -20,12 +20,14 @@ from csi.mount_table import mount_at
 from csi.served import FUSE_TYPE, Folders, TreeKey
 from csi.worker_locks import holder, is_held, started
 from csi.worker_logs import WorkerLogs
+from csi.worker_processes import launch
 from csi.workers import Workers, WorkerSettings
 from fetcher.errors import Unavailable
 from fetcher.lazy_plan import lock_path
+from tests.support.commands import wait_until
 from tests.support.models import ModelBuilder
 from tests.support.mounts import mounts_below, umount
-from tests.support.workers import end_workers, worker_pids, write_plan
+from tests.support.workers import called, end_workers, spare_worker, worker_pids, write_plan
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -196,6 +198,82 @@ async def test_one_whose_mount_was_taken_away_ends_and_another_one_begins(folder
         await workers.ensure(KEY)
         assert pid_of(folders) != first
         assert (await stat(folders.mountpoint(KEY) / "config.json")).st_size == 2
+
+
+@asynccontextmanager
+async def spare_kept(
+    folders: Folders, log: list[bytes] | None = None, **others: Any
+) -> AsyncIterator[tuple[Workers, int]]:
+    """The workers of a driver that has a spare one, and the spare's pid."""
+    settings = WorkerSettings(spare=0.0, **others)
+    async with driver(folders, settings, log) as workers, trio.open_nursery() as nursery:
+        nursery.start_soon(workers.spare.keep, lambda: None)
+        yield workers, await spare_of(os.getpid())
+        nursery.cancel_scope.cancel()
+
+
+async def spare_of(pid: int, other_than: int = 0) -> int:
+    def found() -> bool:
+        return spare_worker(pid) not in (None, other_than)
+
+    await trio.to_thread.run_sync(wait_until, found, "a worker that waits for a model")
+    spare = spare_worker(pid)
+    assert spare is not None
+    return spare
+
+
+@in_trio
+async def test_one_that_waits_serves_the_next_model(folders: Folders) -> None:
+    log: list[bytes] = []
+    async with spare_kept(folders, log) as (workers, spare):
+        assert workers.keys() == set()
+        await workers.ensure(KEY)
+        assert pid_of(folders) == spare
+        assert (await stat(folders.mountpoint(KEY) / "config.json")).st_size == 2
+        # what it writes from then on is its own log, and who it is can be seen
+        assert called(spare) == f"model {KEY.model.hex[:9]}"
+        following = await spare_of(os.getpid(), other_than=spare)
+        await workers.stop(KEY)
+        assert b"serving" in b"".join(log)
+        with pytest.raises(ProcessLookupError):
+            os.kill(spare, 0)
+    # the driver has ended: what serves nobody ends with it
+    await trio.to_thread.run_sync(wait_until, lambda: called(following) is None, "its end")
+    assert left(folders) == []
+
+
+def test_one_that_waits_ends_with_a_driver_that_was_killed(folders: Folders) -> None:
+    """Whose end of the line is closed then, and nothing else is done."""
+    launched = launch(WorkerSettings(), folders.root)
+    pid = launched.process.pid
+    wait_until(lambda: spare_worker(os.getpid()) == pid, "a worker that waits for a model")
+    launched.line.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(launched.process.descriptor)
+
+
+@in_trio
+async def test_a_spare_one_that_died_keeps_nobody_waiting(folders: Folders) -> None:
+    async with spare_kept(folders) as (workers, spare):
+        os.kill(spare, signal.SIGKILL)
+        # not in a thread: here nobody has noticed it yet
+        wait_until(lambda: called(spare) is None, "its end")
+        await workers.ensure(KEY)
+        assert pid_of(folders) != spare
+        await workers.stop(KEY)
+    assert left(folders) == []
+
+
+@in_trio
+async def test_no_spare_one_where_fuse_does_not_work_or_nobody_wants_it(folders: Folders) -> None:
+    async with driver(folders, WorkerSettings(spare=None)) as workers:
+        with trio.fail_after(5):
+            await workers.spare.keep(lambda: None)
+    async with driver(folders, WorkerSettings(spare=0.0)) as workers:
+        with trio.move_on_after(0.5):
+            await workers.spare.keep(lambda: "there is no /dev/fuse")
+        assert workers.spare.take() is None
+    assert spare_worker(os.getpid()) is None
 
 
 @in_trio

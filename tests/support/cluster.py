@@ -21,7 +21,7 @@ from tests.support.csi_client import CsiClient
 from tests.support.driver import Driver
 from tests.support.networks import MBIT, network
 from tests.support.proxy import Proxy, running
-from tests.support.workers import end_workers
+from tests.support.workers import end_workers, spare_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +79,10 @@ class Node:
     @property
     def log(self) -> str:
         return (self.driver.folder / "driver.log").read_text(errors="replace")
+
+    def has_spare_worker(self) -> bool:
+        """Whether a process waits there to serve the next lazy volume."""
+        return self.running is not None and spare_worker(self.running.pid) is not None
 
     def publish(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi.worker_locks import holder, locks
@@ -14,8 +15,6 @@ from fetcher.modelpack import Selection
 from tests.support.mounts import detach_below
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.models import ModelBuilder
 
 END_SECONDS = 10
@@ -30,6 +29,25 @@ def worker_pids(root: Path) -> list[int]:
             os.close(found.descriptor)
             pids.append(found.pid)
     return pids
+
+
+def spare_worker(driver: int) -> int | None:
+    """The process that waits to serve a model for the process ``driver``, if there is one."""
+    for children in Path(f"/proc/{driver}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if called(int(pid)) == "model-csi spare":
+                return int(pid)
+    return None
+
+
+def called(pid: int) -> str | None:
+    """What a process calls itself; None once it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    name, _, rest = stat.partition("(")[2].rpartition(")")
+    return None if rest.split()[0] in "ZX" else name
 
 
 def end_workers(root: Path) -> None:
