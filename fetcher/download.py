@@ -30,6 +30,7 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
+from fetcher.excerpts import excerpt
 from fetcher.peers.choice import Pick
 from fetcher.peers.fetching import PeerFetching
 from fetcher.peers.showing import shown_for
@@ -475,6 +476,11 @@ class Download:
         if known is None or not known.is_hearsay:
             return None
         return known.digests.of(self._blob.digest)
+
+    async def excerpt(self, wanted: Range) -> bytes | None:
+        """What the registry has there; None where it does not say soon."""
+        source = self._wanted.source
+        return await excerpt(self._registry, self._transfers, source, self._blob, wanted)
 
     @property
     def hops(self) -> int:

@@ -19,6 +19,7 @@ from fetcher.pacing import PacedSink
 from fetcher.peers import protocol
 from fetcher.peers.choice import Appetite
 from fetcher.peers.standings import Standings
+from fetcher.peers.trials import TRIED_FROM
 from fetcher.peers.turns import Turns
 from fetcher.peers.wholes import Wholes
 from fetcher.registry import BlobAccess
@@ -53,6 +54,10 @@ class PeerClientSettings:
     trust: Trust | None = None
     """For TLS with peers; None where they are spoken to in plain HTTP."""
     appetite: Appetite = field(default_factory=Appetite)
+    tried_from: int = TRIED_FROM
+    """Bytes of a blob from which on it is looked whether who says that he has it tells the truth,
+    before anything that he sends is used.
+    """
 
 
 @dataclass(frozen=True, slots=True)

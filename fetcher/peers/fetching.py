@@ -30,6 +30,7 @@ from fetcher.peers.client import PeerRequest
 from fetcher.peers.protocol import Have
 from fetcher.peers.samples import samples, sent_by
 from fetcher.peers.strands import Cut, Rope
+from fetcher.peers.trials import Trials
 from fetcher.schedule import Urgency
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from fetcher.peers.client import PeerClient
     from fetcher.peers.owners import Member
     from fetcher.peers.strands import Strand
+    from fetcher.ranges import Range
     from fetcher.schedule import Piece
     from fetcher.store.blobs import PartialBlob
     from fetcher.store.sinks import ChunkSink
@@ -75,6 +77,9 @@ class AskingHosts(Protocol):
 
     async def from_hosts(self, strand: Strand, piece: Piece) -> None:
         """Fetch from mirrors and the registry, to the end."""
+
+    async def excerpt(self, wanted: Range) -> bytes | None:
+        """What the registry has there; None where it does not say."""
 
 
 @dataclass(eq=False)
@@ -135,6 +140,9 @@ class PeerFetching:
         self._trusted = trusted
         self._shows = trusted
         """Whether what peers send will do for who wants trusted bytes."""
+        self._proves = False
+        """Whether each chunk is proven when it has come."""
+        self._trials = Trials(self, blob.size, client.settings.tried_from)
         self._choice: BlobChoice | None = None
         self._works: dict[_StrandFlow, _Work] = {}
         self._suspects: dict[str, bool] = {}
@@ -151,7 +159,8 @@ class PeerFetching:
 
     def begin(self, partial: PartialBlob) -> None:
         """The blob's chunks are known now."""
-        self._shows = self._trusted or partial.is_proving
+        self._proves = partial.is_proving
+        self._shows = self._trusted or self._proves
         if self._choice is None or self._choice.chunk_size != partial.chunk_size:
             self._choice = BlobChoice(
                 str(self._blob.digest),
@@ -298,15 +307,24 @@ class PeerFetching:
         )
         strand.trusted, strand.sender = self._trusted, member.name
         work.asked.setdefault(member.name, False)
+        held = self._trials.held(member.name, strand)
 
         def answered(status: int, headers: Mapping[str, str]) -> None:
             have = self._answered(flow, member, status, headers)
             work.asked[member.name] = have is not None and have.is_all
+            if held is not None:
+                held.hear(is_whole=work.asked[member.name])
+
+        async def fetch() -> None:
+            await self._client.fetch(
+                member, request, held or strand, work.piece.demand, self._pacing, answered
+            )
 
         try:
-            await self._client.fetch(
-                member, request, strand, work.piece.demand, self._pacing, answered
-            )
+            if held is None:
+                await fetch()
+            else:
+                await self._trials.judged(held, member.name, wanted, fetch)
             if strand.remaining:
                 raise Unavailable(f"peer {member.name} sent less than it was asked for")
             self._client.standings.succeeded(member.name)
@@ -450,6 +468,20 @@ class PeerFetching:
         """The bytes of a member proved wrong."""
         seconds = self._client.standings.lied(name, trio.current_time())
         logger.warning("peer %s sent wrong bytes: it is not asked for %.0f s", name, seconds)
+
+    # -- what trials ask; see fetcher.peers.trials -------------------------------------------------
+
+    def is_proven(self) -> bool:
+        """Whether each chunk is proven by itself when it has come, be it by hearsay."""
+        return self._proves or self._hosts.hearsay is not None
+
+    def awaits_list(self, name: str) -> bool:
+        """Whether a member may be about to send a list of chunk digests."""
+        return self._client.wholes.is_sought(self._blob.digest, name)
+
+    async def excerpt(self, wanted: Range) -> bytes | None:
+        """What the registry has there; None where it does not say."""
+        return await self._hosts.excerpt(wanted)
 
     async def _authorization(self) -> tuple[Reference, str | None]:
         """What the registry would be shown; looked up again after a while, and once refused."""

@@ -26,7 +26,7 @@ from fetcher.oci import IMAGE_INDEX, IMAGE_MANIFEST, MAX_MANIFEST_BYTES, Digest
 from fetcher.peers.showing import shown_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from fetcher.credentials import Keychain
     from fetcher.modelpack import Model
@@ -98,22 +98,40 @@ class PeerLists:
         blobs = {one.descriptor.digest for one in layers}
         sizes = {one.descriptor.digest: chunk_size_for(one, chunk_size) for one in layers}
         asked: set[str] = set()
-        for _ in range(_MOST_ASKED if blobs else 0):
-            name = await self._client.wholes.another(blobs, asked)
-            asked.add(name)
-            try:
-                found = await self._ask(name, reference, model, keychain)
-            except ModelError as error:
-                logger.debug("no chunk digests from peer %s: %s", name, error.message)
+        in_vain: set[str] = set()
+        with self._client.wholes.seeking(blobs, in_vain):
+            for _ in range(_MOST_ASKED if blobs else 0):
+                name = await self._client.wholes.another(blobs, asked)
+                asked.add(name)
+                digests = await self._fitting(name, reference, model, keychain, sizes)
+                if digests is not None:
+                    logger.info("peer %s sent the chunk digests of %s", name, reference)
+                    over = trio.Event()
+                    belied = self._belied(name, over)
+                    offer(KnownList(digests, reference, model.digest, belied, is_hearsay=True))
+                    await over.wait()
+                in_vain.add(name)
                 await trio.sleep(_PAUSE)
-                continue
-            fits = (one for one in found.blobs.values() if one.chunk_size == sizes[one.digest])
-            digests = ChunkDigests.over(fits, found.chunk_size)
-            if digests.blobs:
-                logger.info("peer %s sent the chunk digests of %s", name, reference)
-                over = trio.Event()
-                offer(KnownList(digests, reference, model.digest, self._belied(name, over), True))
-                await over.wait()
+
+    async def _fitting(
+        self,
+        name: str,
+        reference: Reference,
+        model: Model,
+        keychain: Keychain,
+        sizes: Mapping[Digest, int],
+    ) -> ChunkDigests | None:
+        """What a member's list says of blobs in chunks of these ``sizes``; None where that is
+        nothing.
+        """
+        try:
+            found = await self._ask(name, reference, model, keychain)
+        except ModelError as error:
+            logger.debug("no chunk digests from peer %s: %s", name, error.message)
+            return None
+        fits = (one for one in found.blobs.values() if one.chunk_size == sizes.get(one.digest))
+        digests = ChunkDigests.over(fits, found.chunk_size)
+        return digests if digests.blobs else None
 
     def _belied(self, name: str, over: trio.Event) -> Callable[[], None]:
         def contradicted() -> None:

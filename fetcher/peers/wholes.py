@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from fetcher.oci import Digest
 
@@ -23,6 +24,7 @@ class Wholes:
     def __init__(self) -> None:
         self._members: OrderedDict[Digest, dict[str, None]] = OrderedDict()
         self._more = trio.Event()
+        self._sought: list[tuple[Collection[Digest], Collection[str]]] = []
 
     def note(self, blob: Digest, member: str) -> None:
         """A member has said that it has all of a blob."""
@@ -45,3 +47,19 @@ class Wholes:
                         await trio.lowlevel.checkpoint()
                         return member
             await self._more.wait()
+
+    @contextlib.contextmanager
+    def seeking(self, blobs: Collection[Digest], in_vain: Collection[str]) -> Iterator[None]:
+        """Inside the block members are asked for lists of these blobs; ``in_vain``, which may grow,
+        are those that had none.
+        """
+        sought = blobs, in_vain
+        self._sought.append(sought)
+        try:
+            yield
+        finally:
+            self._sought = [one for one in self._sought if one is not sought]
+
+    def is_sought(self, blob: Digest, member: str) -> bool:
+        """Whether a list of the blob is looked for, and this member may have one."""
+        return any(blob in blobs and member not in in_vain for blobs, in_vain in self._sought)

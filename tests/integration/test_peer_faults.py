@@ -48,7 +48,11 @@ class Done:
 
 
 def pulled_among(
-    root: Path, reference: str, *addresses: str, registries: RegistrySettings = REGISTRIES
+    root: Path,
+    reference: str,
+    *addresses: str,
+    registries: RegistrySettings = REGISTRIES,
+    settings: PeerClientSettings = PeerClientSettings(),  # noqa: B008 - frozen
 ) -> Done:
     """Pull with peers at these addresses, which are named ``peer-0`` and so on."""
 
@@ -57,7 +61,7 @@ def pulled_among(
         members.replace(
             Member(f"peer-{number}", address) for number, address in enumerate(addresses)
         )
-        client = PeerClient(members, None, PeerClientSettings(), QUICK.transfer)
+        client = PeerClient(members, None, settings, QUICK.transfer)
         with trio.fail_after(60), contextlib.closing(client):
             async with node_parts(root, NO_FLOOR, registries=registries, peers=client) as node:
                 lists = ChunkLists(node.store, node.registry, CHUNK)
