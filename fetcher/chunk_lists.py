@@ -142,6 +142,8 @@ class ChunkLists:
 
     def known(self, reference: Reference, model: Model) -> KnownList | None:
         """The list that was found before, without asking anybody."""
+        if not is_available():
+            return None
         record = self._records.get(reference.name, model.digest)
         if record is None or record.body is None:
             return None

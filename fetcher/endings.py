@@ -13,6 +13,8 @@ class Ending(enum.Enum):
     """They are right."""
     MISREAD = enum.auto()
     """The headers of an archive were wrong: nobody has seen what is in it, and it begins anew."""
+    RECUT = enum.auto()
+    """Next to none were there when the digests of other chunks came: it begins anew in these."""
     DOUBTED = enum.auto()
     """They are wrong, and nobody is here who may say which: only what was shown has stayed."""
     WRONG = enum.auto()

@@ -13,7 +13,7 @@ import copy
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from fetcher.store.blobs import PartialBlob
 
 logger = logging.getLogger(__name__)
+
+_BEGUN: Final = 0.02
+"""The part of a blob from which on it is not worth to begin anew for a list of other chunks."""
 
 
 @dataclass(eq=False, slots=True)
@@ -81,8 +84,10 @@ class Job:
         better."""
         self._contradicted = False
         """What proved single chunks was wrong: no other one is believed."""
-        self.misread = trio.Event()
-        """The blob has to begin anew: see :attr:`PartialBlob.is_misread`."""
+        self.anew = trio.Event()
+        """The blob has to begin anew: see :attr:`PartialBlob.is_misread` and :attr:`is_recut`."""
+        self.is_recut = False
+        """Whether it begins anew in the chunks whose digests came, as next to nothing is there."""
         self._indexing = trio.Lock()
         self._indexed = False
 
@@ -125,14 +130,25 @@ class Job:
 
     def _take_chunks(self, known: KnownList) -> None:
         """Have chunks proven by these digests, also those that came before."""
-        if self.partial is not None:
-            digests = known.digests.of(self.layer.descriptor.digest)
-            if digests is None or not self.partial.fits(digests):
-                return
-            self.partial.expect(digests, known.name)
-            self._acquit()
-            self.look_again()
-        self.chunks = known
+        if self.partial is None or self._expect(known, self.partial):
+            self.chunks = known
+
+    def _expect(self, known: KnownList, partial: PartialBlob) -> bool:
+        """Whether these digests are of use: of other chunks they are where the blob can begin anew,
+        as next to nothing of it is there.
+        """
+        digests = known.digests.of(self.layer.descriptor.digest)
+        if digests is None:
+            return False
+        if not partial.fits(digests):
+            self.is_recut |= not known.is_hearsay and self.done <= partial.size * _BEGUN
+            if self.is_recut:
+                self.anew.set()
+            return self.is_recut
+        partial.expect(digests, known.name)
+        self._acquit()
+        self.look_again()
+        return True
 
     def give_up(self, source: Source) -> bool:
         """``source`` refuses, lacks or spoils the blob: whether there is another one to ask."""
@@ -292,7 +308,7 @@ class Job:
         for chunk in untrusted:
             await self.want(chunk, trusted=True)
         if partial.is_misread:
-            self.misread.set()
+            self.anew.set()
             while self.partial is partial and not self.finished.is_set():
                 await self.change()
         elif not untrusted and self.partial is partial:
@@ -309,10 +325,17 @@ class Job:
         if self._download is not None:
             self._download.wake()
 
-    def begin(self, partial: PartialBlob, download: Download) -> None:
-        """The blob is open, and fetched from now on."""
+    def begin(
+        self, partial: PartialBlob, download: Download, expected: KnownList | None = None
+    ) -> None:
+        """The blob is open, and fetched from now on; by what is ``expected`` its chunks are proven
+        already.
+        """
         self.partial, self._download = partial, download
-        self.misread = trio.Event()
+        self.anew, self.is_recut = trio.Event(), False
+        if self.chunks is not None and self.chunks is not expected:
+            # they came while it was opened
+            self._expect(self.chunks, partial)
         self.schedule.look_again()
         self._look()
 

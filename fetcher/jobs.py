@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+    from fetcher.chunk_lists import KnownList
     from fetcher.modelpack import Layer
     from fetcher.oci import Digest
     from fetcher.peers.client import PeerClient
@@ -140,14 +141,17 @@ class Jobs:
     async def _attempt(self, job: Job, download: Download) -> Outcome:
         """Fetch what is not there, and verify the whole."""
         # in a thread: it reads the headers of what there is of a tar
-        partial = await run_stoppable(lambda _: _opened(self._store, job))
+        known = job.chunks
+        partial = await run_stoppable(lambda _: _opened(self._store, job, known))
         size = job.layer.descriptor.size
         # a begun chunk counts too; of an empty blob nothing can be there
         job.fresh = not size or partial.missing() == [Range(0, size)]
         try:
             with partial.watch(job.arrived):
-                job.begin(partial, download)
+                job.begin(partial, download, known)
                 right = await self._fetch_and_verify(job, download, partial)
+                if not right and job.is_recut and not partial.is_misread:
+                    return Outcome(Ending.RECUT)
                 outcome = Outcome(Ending.COMPLETE)
                 if not right and partial.is_misread:
                     download.leave_peers()
@@ -213,7 +217,13 @@ class Jobs:
             if not outcome.others:
                 raise _wrong_bytes(job)
             return
+        if ending is Ending.RECUT and digest in self.names:
+            # readers may have begun with it as it is
+            return
         self._store.discard_blob(digest)
+        if ending is Ending.RECUT:
+            logger.info("blob %s: fetching anew in chunks whose digests came", digest)
+            return
         if ending is Ending.SPOILED:
             error = _wrong_bytes(job)
             self.spoiled(digest, error)
@@ -272,7 +282,7 @@ class Jobs:
             nursery.cancel_scope.cancel()
 
         async def begin_anew() -> None:
-            await job.misread.wait()
+            await job.anew.wait()
             nursery.cancel_scope.cancel()
 
         async def checkpoint() -> None:
@@ -309,13 +319,13 @@ def _wrong_bytes(job: Job) -> DigestMismatch:
     )
 
 
-def _opened(store: Store, job: Job) -> PartialBlob:
+def _opened(store: Store, job: Job, known: KnownList | None) -> PartialBlob:
     """What there is of the blob; its chunks are as large as those whose digests are known."""
     digest = job.layer.descriptor.digest
-    known = None if job.chunks is None else job.chunks.digests.of(digest)
-    size = None if known is None else known.chunk_size
+    digests = None if known is None else known.digests.of(digest)
+    size = None if digests is None else digests.chunk_size
     partial = store.open_partial(job.layer, job.trusted_name, size)
-    if job.chunks is not None and known is not None and not partial.expect(known, job.chunks.name):
+    if known is not None and digests is not None and not partial.expect(digests, known.name):
         logger.info("blob %s was begun in other chunks than those with digests", digest)
     return partial
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fetcher.chunk_lists import ChunkLists, KnownList
     from fetcher.credentials import Keychain
     from fetcher.jobs import Job, Jobs
-    from fetcher.modelpack import Layer
+    from fetcher.modelpack import Layer, Model
     from fetcher.oci import Reference
     from fetcher.registry import Registry
     from fetcher.store import ModelTree, Store
@@ -382,36 +382,45 @@ class Pulls:
 
     async def _fetch_layers(self, pull: Pull, missing: list[Layer]) -> None:
         """Fetch and unpack layers, several at a time. The first failure stops the others."""
-        if missing and self._lists is not None:
-            first, model = pull.sources[0], replace(pull.resolved.model, layers=tuple(missing))
-            pull.chunks = await self._lists.find(first.reference, model, first.keychain)
 
         async def fetch(layer: Layer) -> None:
             await self._fetch_layer(pull, layer)
 
-        with self._following(pull):
+        with self._looking_for_chunks(pull, missing):
             await for_each(missing, fetch, self._settings.blobs)
 
     @contextlib.contextmanager
-    def _following(self, pull: Pull) -> Iterator[None]:
-        """Inside the block, use the chunk digests that peers have, where the registry has none."""
+    def _looking_for_chunks(self, pull: Pull, missing: list[Layer]) -> Iterator[None]:
+        """Inside the block, use the chunk digests that the registry has, else those of peers.
+
+        They are asked for beside the download, which takes them up when they come.
+        """
         scope = trio.CancelScope()
-        if pull.chunks is None and self._lists is not None:
-            name = f"lists of {pull.resolved.model.digest.short}"
-            self._nursery.start_soon(self._follow, pull, self._lists, scope, name=name)
+        if missing and self._lists is not None:
+            first, model = pull.sources[0], replace(pull.resolved.model, layers=tuple(missing))
+            pull.chunks = self._lists.known(first.reference, model)
+            if pull.chunks is None:
+                name = f"lists of {model.digest.short}"
+                self._nursery.start_soon(self._look, pull, model, self._lists, scope, name=name)
         try:
             yield
         finally:
             scope.cancel()
 
-    async def _follow(self, pull: Pull, lists: ChunkLists, scope: trio.CancelScope) -> None:
+    async def _look(
+        self, pull: Pull, missing: Model, lists: ChunkLists, scope: trio.CancelScope
+    ) -> None:
         first, model = pull.sources[0], pull.resolved.model
         try:
             with scope:
-                await lists.follow(first.reference, model, first.keychain, pull.heard)
+                found = await lists.find(first.reference, missing, first.keychain)
+                if found is not None:
+                    pull.heard(found)
+                else:
+                    await lists.follow(first.reference, model, first.keychain, pull.heard)
         except Exception:
             # it only makes a pull surer: no reason for one to fail
-            logger.exception("fault of this program while asking peers for chunk digests")
+            logger.exception("fault of this program while asking for chunk digests")
 
     async def _fetch_layer(self, pull: Pull, layer: Layer) -> None:
         async with self.layouts.turn(layer):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
 from fetcher.chunk_digests import ChunkDigests
 from fetcher.chunk_lists import KnownList
 from fetcher.download import Source
-from fetcher.errors import ChunkMismatch
+from fetcher.errors import ChunkMismatch, DigestMismatch
 from fetcher.modelpack import read_model
-from fetcher.oci import Reference
+from fetcher.oci import Digest, Reference
 from fetcher.ranges import Range
-from tests.integration.test_chunk_proofs import blob_of, chunks_of, opened
+from tests.integration.test_chunk_proofs import (
+    blob_of,
+    chunks_of,
+    files_of,
+    opened,
+    pulled,
+    push_list,
+)
+from tests.support.commands import wait_until
 from tests.support.lazy_models import until
 from tests.support.registry_calls import NOBODY
 from tests.support.stores import CHUNK, NO_FLOOR, STILL, node_parts, weights
@@ -25,10 +35,9 @@ from tests.support.stores import CHUNK, NO_FLOOR, STILL, node_parts, weights
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
-
     from fetcher.chunk_digests import BlobChunks
     from fetcher.store.blobs import PartialBlob
+    from tests.support.faulty_registry import FaultyRegistry, Reply
     from tests.support.proxy import BlobAnswer, Proxy
     from tests.support.registry import RegistryServer
 
@@ -220,6 +229,49 @@ def test_a_list_that_comes_late_and_lies_costs_no_pull(
     assert told == ["lie"]
     # besides the blob only what was on its way when the lie was found
     assert home.counts.total <= 2 * 12 * CHUNK
+
+
+# -- one pull --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("begins", "chunk_size", "is_used"),
+    [(True, CHUNK, True), (False, CHUNK, True), (False, 2 * CHUNK, True), (True, 2 * CHUNK, False)],
+)
+def test_a_pull_waits_for_no_list_and_goes_by_it_once_it_comes(
+    registry: RegistryServer,
+    faulty: FaultyRegistry,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    begins: bool,
+    chunk_size: int,
+    is_used: bool,
+) -> None:
+    """A list of other chunks than the node's is of use only where next to nothing has come."""
+    builder = weights(20 * CHUNK)
+    data = blob_of(builder)
+    builder.push(registry, "late/beside", "v1")
+    push_list(registry, "late/beside", builder, chunks_of(data, chunk_size))
+    caplog.set_level(logging.INFO)
+    asked: list[str] = []
+
+    def asked_for_blob(reply: Reply) -> Reply:
+        asked.append("blob")
+        if len(asked) > begins:
+            wait_until(lambda: "has chunk digests" in caplog.text, "the list", 20)
+        return replace(reply, body=bytes([reply.body[0] ^ 1]) + reply.body[1:])
+
+    def asked_for_list(reply: Reply) -> Reply:
+        wait_until(lambda: len(asked) > begins, "the blob to be asked for", 20)
+        return reply
+
+    faulty.add(str(Digest.of(data)), change=asked_for_blob, method="GET", times=1)
+    faulty.add(str(Digest.of(data)), change=asked_for_blob, method="GET", times=1)
+    faulty.add("/referrers/", change=asked_for_list)
+    with contextlib.nullcontext() if is_used else pytest.raises(DigestMismatch):
+        assert pulled(tmp_path, faulty.reference("late/beside", "v1")) == files_of(builder)
+    assert ("in chunks whose digests came" in caplog.text) == (is_used and chunk_size != CHUNK)
 
 
 def _known(chunks: BlobChunks, reference: Reference) -> KnownList:
