@@ -26,8 +26,8 @@ class Parts:
     """Numbered files in one folder, made when they are first used; for several threads."""
 
     def __init__(self, folder: Path) -> None:
-        # text, not a Path: this is done for every write
-        self._folder = str(folder)
+        """``folder`` is there, and may be renamed. Raises :class:`OSError`."""
+        self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._open: dict[int, _Part] = {}
         """In the order in which they were used last."""
@@ -36,7 +36,7 @@ class Parts:
     def use(self, number: int) -> Iterator[int]:
         """The descriptor of a file, until the block is left. Raises :class:`OSError`."""
         with self._lock:
-            part = self._open.pop(number, None) or _Part(open_writable(f"{self._folder}/{number}"))
+            part = self._open.pop(number, None) or _Part(open_writable(str(number), self._folder))
             self._open[number] = part
             part.users += 1
         try:
@@ -47,9 +47,10 @@ class Parts:
                 self._close_idle(_MOST_IDLE)
 
     def close(self) -> None:
-        """Close those that nobody uses."""
+        """Close all; nobody uses one, or will."""
         with self._lock:
             self._close_idle(0)
+            os.close(self._folder)
 
     def _close_idle(self, most: int) -> None:
         if len(self._open) <= most:
@@ -59,12 +60,15 @@ class Parts:
             os.close(self._open.pop(number).file)
 
 
-def open_writable(path: str | Path) -> int:
-    """An open file, made if need be. Raises :class:`OSError`."""
+def open_writable(path: str | Path, folder: int | None = None) -> int:
+    """An open file, made if need be; one in ``folder``, an open one, if there is such.
+
+    Raises :class:`OSError`.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, 0o644, dir_fd=folder)
     except PermissionError:
         # ours, and made read-only by a process that was killed before it could record it
-        os.chmod(path, 0o644)
-        return os.open(path, flags, 0o644)
+        os.chmod(path, 0o644, dir_fd=folder)
+        return os.open(path, flags, 0o644, dir_fd=folder)

@@ -236,7 +236,6 @@ class TarFiles:
         """
         self.path = path
         self._parts = path.with_name(path.name + ".parts")
-        self._files = Parts(self._parts)
         self._grow = grow
         self._lock = threading.Lock()
         """Of what is known, and of what has to be synchronised."""
@@ -258,6 +257,7 @@ class TarFiles:
             self._parts.mkdir(mode=0o700, exist_ok=True)
             # what an earlier process wrote may not be on the disk either
             self._dirty = {int(name) for name in os.listdir(self._parts) if name.isdecimal()}
+            self._files = Parts(self._parts)
         except OSError:
             os.close(self._frame)
             raise

@@ -190,6 +190,24 @@ def test_a_chunk_inside_of_a_file_is_written_where_it_stays(tmp_path: Path) -> N
     blob.close()
 
 
+def test_readers_go_on_while_a_tar_becomes_complete(tmp_path: Path) -> None:
+    """Until it is closed: its files have another path by then, and few of them are open."""
+    members = [Member(f"part-{number}", os.urandom(2 * CHUNK)) for number in range(20)]
+    archive = make_tar(members)
+    blob = _open(tmp_path, archive)
+    for piece in _chunks(blob):
+        _send(blob, archive, piece)
+    assert blob.verify(GO_ON)
+    blob.finish(GO_ON)
+    got, buffer = bytearray(), memoryview(bytearray(CHUNK))
+    while len(got) < len(archive):
+        read = blob.read(len(got), buffer)
+        assert read
+        got += buffer[:read]
+    assert got == archive
+    blob.close()
+
+
 def test_entries_keep_their_kind(tmp_path: Path) -> None:
     archive = make_tar(
         [
