@@ -1,7 +1,9 @@
 """What a node fetches for others: the chunks that it owns and lacks, with the asker's own rights.
 
 A blob that is filled in is held for a while after the last request, so that the requests for its
-other chunks find it open. What has arrived stays in the store as long as there is room.
+other chunks find it open. Room is reserved for the chunks that are wanted and for nothing else, and
+no model of this node is evicted for them. What has arrived stays in the store as long as there is
+room.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ class _Fill:
     ready: trio.Event = field(default_factory=trio.Event)
     job: Job | None = None
     failure: ModelError | None = None
+    size: int = 0
+    """Bytes of the blob that room is reserved for."""
+    chunks: set[Range] = field(default_factory=set)
+    """Those that are among them, beside what was there before."""
+    reserving: trio.Lock = field(default_factory=trio.Lock)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,7 +79,7 @@ class Fills:
 
     @contextlib.asynccontextmanager
     async def filling(self, asker: Asker, layer: Layer) -> AsyncIterator[Job]:
-        """The job of the asker's blob, with room reserved for it; started if there is none.
+        """The job of the asker's blob; started if there is none.
 
         Raises :class:`ModelError`, such as ``NoSpace``.
         """
@@ -112,7 +119,8 @@ class Fills:
                 # one that runs goes on as it does, with rights that can be renewed
                 source = fill.source if running is None else running.source
                 layer = fill.layer if running is None else running.layer
-                await store.reserve_content(str(source.reference), layer)
+                fill.size = await store.begun_bytes(layer)
+                await store.reserve_part(_said(source), layer, fill.size)
                 with self._jobs.join(layer, source, background=False) as job:
                     fill.job = job
                     fill.ready.set()
@@ -147,9 +155,31 @@ class Fills:
     ) -> None:
         try:
             with wanting.scope:
+                await self._reserve(job, part)
                 await (job.want(part) if urgent else job.pass_on(part))
         except ModelError as error:
             wanting.failure = error
         finally:
             wanting.ended = True
             ended()
+
+    async def _reserve(self, job: Job, part: Range) -> None:
+        """Have room for the chunks of ``part``. Raises :class:`ModelError`, such as ``NoSpace``."""
+        fill = self._fills.get(job.layer.descriptor.digest)
+        while job.partial is None and not job.finished.is_set():
+            # its chunks are known once it is open
+            await job.change()
+        if fill is None or fill.job is not job or job.partial is None:
+            return
+        partial = job.partial
+        async with fill.reserving:
+            fresh = set(map(partial.chunk, partial.chunks(part))) - fill.chunks
+            more = sum(map(len, fresh))
+            if more:
+                await self._store.reserve_part(_said(fill.source), fill.layer, fill.size + more)
+                fill.size += more
+                fill.chunks |= fresh
+
+
+def _said(source: Source) -> str:
+    return f"a part of {source.reference} for other nodes"

@@ -74,6 +74,13 @@ def need_of(layer: Layer, chunk_size: int) -> Need:
             return Need(size_on_disk + rounded(size), spare=rounded(size))
 
 
+def need_of_part(layer: Layer, chunk_size: int, size: int) -> int:
+    """What a layer takes while ``size`` bytes of its blob are all that there is of it."""
+    whole = need_of(layer, chunk_size)
+    beside = whole.bytes - whole.spare - rounded(layer.descriptor.size)
+    return min(beside + rounded(size), whole.bytes)
+
+
 def rounded(size: int) -> int:
     """``size`` in whole blocks."""
     return -(-size // _BLOCK) * _BLOCK
@@ -170,6 +177,27 @@ class Rooms:
         while going:
             await self._garbage.empty_trash()
             going = self._evict_instead(what, claims, going)
+
+    async def reserve_left(self, what: str, claims: Mapping[str, int]) -> None:
+        """As :meth:`reserve`, of what nobody has: nothing is evicted for it.
+
+        Raises :class:`NoSpace` with the figures, and :class:`ModelError`.
+        """
+        self._token = trio.lowlevel.current_trio_token()
+        if self._space.is_granted(claims):
+            return
+        if self._space.shortage(claims) is not None:
+            await self.settle(claims)
+            await self._garbage.tidy_records()
+        shortage = self._space.shortage(claims)
+        if shortage is None:
+            self._space.claim(claims)
+            while self.going():
+                # what is there of it still counted as room
+                await self._garbage.empty_trash()
+            shortage = self._space.overdrawn(claims)
+        if shortage is not None:
+            raise shortage.error(f"{what} does not fit", "; nothing is evicted for it")
 
     async def _check_possible(self, what: str, whole: int) -> None:
         if self._space.never_fits(whole) is not None:

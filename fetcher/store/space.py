@@ -281,6 +281,11 @@ class Space:
         """Whether somebody who works on it has claimed what it may take."""
         return name in self._claimed
 
+    def is_granted(self, claims: Mapping[str, int]) -> bool:
+        """Whether those who work on these names have claimed as much."""
+        recorded = self.holdings.get(self._claimed.intersection(claims))
+        return all(recorded.get(name, -1) >= size for name, size in claims.items())
+
     def left(self) -> int | None:
         """Bytes that nobody has or was promised below the cap, though all of the trash were still
         there; None without a cap.

@@ -26,7 +26,7 @@ from fetcher.store.layers import FRAME, INDEX, load_layer, unpack_layer
 from fetcher.store.lists import ListRecords
 from fetcher.store.orphans import Orphans
 from fetcher.store.places import TarFiles, WholeFile
-from fetcher.store.rooms import TREE_BYTES, Need, Room, Rooms, need_of
+from fetcher.store.rooms import TREE_BYTES, Need, Room, Rooms, need_of, need_of_part
 from fetcher.store.space import Limits, Space
 from fetcher.store.stored import StoredBlob
 from fetcher.store.trees import ModelTree, build_tree, measure_tree
@@ -267,11 +267,19 @@ class Store:
                 needs[content_name(digest)] = need
         await self.rooms.reserve(what, needs, whole)
 
-    async def reserve_content(self, what: str, layer: Layer) -> None:
-        """Reserve room for one content, which the caller holds; as :meth:`reserve`."""
-        need = need_of(layer, self._chunk_size)
+    async def begun_bytes(self, layer: Layer) -> int:
+        """Bytes that one content takes now, or was promised. Raises :class:`ModelError`."""
         name = content_name(layer.descriptor.digest)
-        await self.rooms.reserve(what, {name: need}, need.bytes)
+        await self.rooms.settle_only([name])
+        return self.space.holdings.get([name]).get(name, 0)
+
+    async def reserve_part(self, what: str, layer: Layer, size: int) -> None:
+        """Reserve room for one content, which the caller holds, to have ``size`` bytes of its blob.
+
+        Nothing is evicted for it. Raises :class:`fetcher.errors.NoSpace` with the figures.
+        """
+        claim = need_of_part(layer, self._chunk_size, size)
+        await self.rooms.reserve_left(what, {content_name(layer.descriptor.digest): claim})
 
     def room(self, digest: Digest) -> Room:
         """Room for a content that takes more than was reserved for it. From any thread."""

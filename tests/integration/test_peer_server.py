@@ -419,7 +419,7 @@ def test_no_room_is_a_miss(registry: RegistryServer, tmp_path: Path) -> None:
     digest = registry.push_blob("peers/full", data)
 
     async def main() -> None:
-        limits = Limits(max_size=32 * CHUNK, min_free=0)
+        limits = Limits(max_size=16 * CHUNK, min_free=0)
         async with peer_node(tmp_path / "root", Setup(ownership=OwnsAll(), limits=limits)) as node:
             url = node.blob_url("peers/full", digest, registry.address)
             missing = await node.client.get(url, headers={"Range": "bytes=0-9"})
