@@ -50,6 +50,8 @@ class Scenario:
     """Whether it is over for a node with the first byte that a pod reads, anywhere."""
     digests: bool = False
     """Whether the model has chunk digests; it keeps them for the scenarios that follow."""
+    flags: tuple[str, ...] = ()
+    """Of every node."""
     joining: bool = False
     """Whether nodes are started by ``prepare``, one after the other."""
     zones: tuple[str, ...] = ("a",)
@@ -93,7 +95,10 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario, mbit: float)
         publish_chunk_digests(upstream, model)
     with cluster(upstream, *scenario.zones, mbit=mbit) as made:
         zones = scenario.zones
-        nodes = [made.add(1, zone=zones[n % len(zones)])[0] for n in range(scenario.nodes)]
+        nodes = [
+            made.add(1, *scenario.flags, zone=zones[n % len(zones)])[0]
+            for n in range(scenario.nodes)
+        ]
         if scenario.peers:
             made.befriend(nodes)
         if not scenario.joining:
@@ -183,6 +188,24 @@ def _one_lies(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
     return nodes[:-1]
 
 
+def _one_lies_from_the_start(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
+    """As :func:`_one_lies`, before the others are started: they have nothing."""
+    made.start(nodes[-1:])
+    _one_lies(made, nodes, reference)
+    made.start(nodes[:-1])
+    return nodes[:-1]
+
+
+def _all_others_lie(made: Cluster, nodes: list[Node], reference: str) -> list[Node]:
+    """All but the first one have it, and disks that turn every chunk into another."""
+    made.start(nodes[1:])
+    Race(nodes[1:], lambda node: node.publish(reference)).run()
+    for liar in nodes[1:]:
+        liar.rot()
+    made.start(nodes[:1])
+    return nodes[:1]
+
+
 def _three_die(nodes: list[Node], mbit: float) -> list[Node]:
     for node in nodes[-3:]:
         node.driver.end(signal.SIGKILL)
@@ -202,6 +225,7 @@ def _one_is_slow(nodes: list[Node], mbit: float) -> list[Node]:
 ALONE: Final = Scenario("one node alone", nodes=1, peers=False)
 APART: Final = Scenario("8 nodes, no peers", peers=False)
 TOGETHER: Final = Scenario("8 nodes, peers")
+_NO_LISTS: Final = ("--chunk-digests", "ignore")
 _OTHERS: Final = (
     Scenario("the ninth node", nodes=_NODES + 1, joining=True, prepare=_one_after_another),
     Scenario("8 nodes, 3 of them killed", disturb=_three_die),
@@ -209,6 +233,14 @@ _OTHERS: Final = (
     Scenario("8 nodes, one at a tenth", disturb=_one_is_slow),
     Scenario("one node, 7 slow peers", joining=True, prepare=_others_are_slow),
     Scenario("8 nodes, one lies", prepare=_one_lies),
+    Scenario(
+        "8 nodes, one lies, no lists",
+        joining=True,
+        flags=_NO_LISTS,
+        prepare=_one_lies_from_the_start,
+    ),
+    Scenario("one node, 7 liars", joining=True, prepare=_all_others_lie),
+    Scenario("one node, 7 liars, no lists", joining=True, flags=_NO_LISTS, prepare=_all_others_lie),
     Scenario("8 nodes in two zones", zones=("a", "b")),
     Scenario("8 nodes, one lies, chunk digests", digests=True, prepare=_one_lies),
     # without them, each node asks the registry itself for what a pod waits for
