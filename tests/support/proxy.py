@@ -210,6 +210,8 @@ class Proxy(socketserver.ThreadingTCPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # as registries do: a body would wait for the answer to its head, 40 ms
+    disable_nagle_algorithm = True
     server: Proxy
 
     def do_GET(self) -> None:
