@@ -245,6 +245,14 @@ class Download:
         self._without_peers = True
         return True
 
+    def of_peers(self, partial: PartialBlob) -> list[int]:
+        """Chunks of which nobody knows if they are right, where some came from peers."""
+        if not self._asks_peers or self._peers is None or not self._peers.has_brought:
+            return []
+        return [
+            one for one in range(partial.count) if partial.has(one) and not partial.is_trusted(one)
+        ]
+
     def peer_samples(self, partial: PartialBlob) -> set[int]:
         """Chunks by which peers are found out that sent wrong bytes."""
         if not self._asks_peers or self._peers is None:

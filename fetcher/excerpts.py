@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fetcher.answers import Piece
 from fetcher.errors import ModelError
+from fetcher.ranges import Range
+from fetcher.tasks import for_each
+from fetcher.threads import run_stoppable
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
     from fetcher.download import Source
     from fetcher.oci import Descriptor
-    from fetcher.ranges import Range
     from fetcher.registry import Registry
+    from fetcher.store.blobs import PartialBlob
     from fetcher.transfers import Slot, Transfers
 
 EXCERPT_BYTES: Final = 64 * 1024
 """Enough to find out who changes a bit here and there, and next to nothing for a registry."""
 _SECONDS: Final = 2.0
 """For one of them: whoever waits for it has bytes to use."""
+_AT_ONE_TIME: Final = 4
+_LEAST_GAIN: Final = 4
+"""How many times as large as an excerpt a chunk has to be, to be looked at by one."""
 
 
 class _Excerpt:
@@ -36,6 +45,48 @@ class _Excerpt:
     def whole(self) -> bool:
         """A whole blob will not do."""
         return False
+
+
+def excerpt_of(wanted: Range) -> Range:
+    """A part of some bytes by which to judge them, which nobody can foresee."""
+    count = min(len(wanted), EXCERPT_BYTES)
+    start = random.randint(wanted.start, wanted.stop - count)  # noqa: S311 - not to be foreseen
+    return Range(start, start + count)
+
+
+async def differing(
+    partial: PartialBlob, chunks: Iterable[int], ask: Callable[[Range], Awaitable[bytes | None]]
+) -> set[int]:
+    """Those of some chunks that are there of which an excerpt is another one than ``ask`` has.
+
+    None of them where that would be little less than all of them. Raises :class:`ModelError`.
+    """
+    if partial.chunk_size < _LEAST_GAIN * EXCERPT_BYTES:
+        return set()
+    found: set[int] = set()
+    is_silent = False
+
+    async def look(chunk: int) -> None:
+        nonlocal is_silent
+        part = excerpt_of(partial.chunk(chunk))
+        right = None if is_silent else await ask(part)
+        # who did not answer once would let wait for each of the others
+        is_silent |= right is None
+        if right is not None and right != await run_stoppable(lambda _: _read(partial, part)):
+            found.add(chunk)
+
+    await for_each(chunks, look, _AT_ONE_TIME)
+    return found
+
+
+def _read(partial: PartialBlob, part: Range) -> bytes:
+    buffer, done = memoryview(bytearray(len(part))), 0
+    while done < len(part):
+        more = partial.read(part.start + done, buffer[done:])
+        if not more:
+            break
+        done += more
+    return bytes(buffer[:done])
 
 
 async def excerpt(

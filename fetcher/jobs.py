@@ -173,7 +173,10 @@ class Jobs:
 
     async def _repair(self, job: Job, download: Download, partial: PartialBlob) -> Outcome:
         """The bytes are wrong: have those replaced that are, where somebody can say which."""
-        if job.trusted_source is not None and await self._sample(job, download, partial):
+        if job.trusted_source is not None and (
+            await self._replace_differing(job, download, partial)
+            or await self._sample(job, download, partial)
+        ):
             return Outcome(Ending.COMPLETE)
         among_peers = download.leave_peers()
         if partial.is_all_trusted or not (among_peers or self._is_shown(partial)):
@@ -188,6 +191,17 @@ class Jobs:
         download.blame_peers(partial.replaced)
         right = await self._fetch_and_verify(job, download, partial)
         return Outcome(Ending.COMPLETE if right else Ending.WRONG, among_peers)
+
+    async def _replace_differing(self, job: Job, download: Download, partial: PartialBlob) -> bool:
+        """Have those chunks replaced of which a small part is another one than the registry's;
+        whether the whole is right then.
+        """
+        wrong = await differing(partial, download.of_peers(partial), download.excerpt)
+        if not wrong:
+            return False
+        await self._compare(job, download, partial, map(partial.chunk, wrong))
+        download.blame_peers(partial.replaced & wrong)
+        return await self._fetch_and_verify(job, download, partial)
 
     async def _sample(self, job: Job, download: Download, partial: PartialBlob) -> bool:
         """Compare a chunk of each peer that sent some, and have all fetched again that came from

@@ -10,22 +10,21 @@ there, or comes in a moment, it proves each chunk by itself, and nothing has to 
 from __future__ import annotations
 
 import enum
-import random
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 from fetcher.errors import ModelError, NotFound
-from fetcher.excerpts import EXCERPT_BYTES
+from fetcher.excerpts import EXCERPT_BYTES, excerpt_of
 from fetcher.peers.strands import Cut
-from fetcher.ranges import Range
 from fetcher.threads import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from fetcher.answers import Sink
+    from fetcher.ranges import Range
 
 TRIED_FROM: Final = 32 * 1024 * 1024
 """Bytes of a blob below which a trial would be no small part of it: the blob's own digest tells."""
@@ -178,16 +177,14 @@ class Trials:
             await trio.sleep(_LOOK_SECONDS)
         if self._judging.is_proven():
             return _Verdict.USED
-        count = min(len(wanted), EXCERPT_BYTES)
-        begin = random.randint(0, len(wanted) - count)  # noqa: S311 - no secret, only not foreseen
-        part = Range(wanted.start + begin, wanted.start + begin + count)
+        part = excerpt_of(wanted)
         right = await self._judging.excerpt(part)
-        if right is None or await held.taken(begin, count) == right:
+        if right is None or await held.taken(part.start - wanted.start, len(part)) == right:
             # where the registry does not say, the blob's digest will
             verdict = _Verdict.USED
         else:
             verdict = _Verdict.REFUSED
             self._judging.ban(name)
-        if count == EXCERPT_BYTES or verdict is _Verdict.REFUSED:
+        if len(part) == EXCERPT_BYTES or verdict is _Verdict.REFUSED:
             self._settled[name] = verdict
         return verdict

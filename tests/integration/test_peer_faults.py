@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from fetcher.chunk_lists import ChunkLists
+from fetcher.excerpts import EXCERPT_BYTES
 from fetcher.oci import Digest
 from fetcher.peers.client import PeerClient, PeerClientSettings
 from fetcher.peers.members import Members
@@ -53,6 +54,7 @@ def pulled_among(
     *addresses: str,
     registries: RegistrySettings = REGISTRIES,
     settings: PeerClientSettings = PeerClientSettings(),  # noqa: B008 - frozen
+    chunk_size: int = CHUNK,
 ) -> Done:
     """Pull with peers at these addresses, which are named ``peer-0`` and so on."""
 
@@ -63,8 +65,10 @@ def pulled_among(
         )
         client = PeerClient(members, None, settings, QUICK.transfer)
         with trio.fail_after(60), contextlib.closing(client):
-            async with node_parts(root, NO_FLOOR, registries=registries, peers=client) as node:
-                lists = ChunkLists(node.store, node.registry, CHUNK)
+            async with node_parts(
+                root, NO_FLOOR, chunk_size=chunk_size, registries=registries, peers=client
+            ) as node:
+                lists = ChunkLists(node.store, node.registry, chunk_size)
                 pulls = Pulls(
                     node.store, node.registry, node.jobs, PullSettings(), node.nursery, lists
                 )
@@ -296,3 +300,33 @@ def test_a_liar_about_one_chunk_is_found_out_in_the_end(
     assert not any(done.standings.of(f"peer-{number}").wrong for number in (1, 2))
     # never more than all of it
     assert home.counts.total <= 1.02 * 48 * CHUNK
+
+
+def test_all_wrong_chunks_are_found_by_a_part_of_each(
+    registry: RegistryServer, home: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nobody says that he has all: those that sent them may have been deceived."""
+    large = 4 * EXCERPT_BYTES
+    builder = weights(48 * large)
+    builder.push(registry, "faults/rotten", "v1")
+
+    def rotten(answer: BlobAnswer) -> BlobAnswer:
+        answer.headers["Model-Csi-Have"] = f"{large}:{'ff' * 6}"
+        body = bytearray(answer.body)
+        body[:: EXCERPT_BYTES // 2] = bytes(one ^ 1 for one in body[:: EXCERPT_BYTES // 2])
+        answer.body = bytes(body)
+        return answer
+
+    with peers(registry, 4) as (deceived, *others):
+        deceived.faults = always(rotten)
+        for one in others:
+            one.faults = always(honest(f"{large}:{'ff' * 6}"))
+        addresses = (deceived.address, *(one.address for one in others))
+        reference = f"{home.address}/faults/rotten:v1"
+        done = pulled_among(tmp_path / "root", reference, *addresses, chunk_size=large)
+    assert done.files == files_of(builder)
+    assert not any(done.standings.of(f"peer-{number}").wrong for number in range(4))
+    assert done.standings.counts["wrong"] >= 1
+    assert caplog.text.count("comparing") == 1
+    # what it is to fetch in any case, a part of each chunk, and those that were wrong
+    assert home.counts.total <= 0.8 * 48 * large
