@@ -18,6 +18,7 @@ import trio
 from fetcher.download import Download, DownloadSettings, Source
 from fetcher.endings import Ending, Outcome
 from fetcher.errors import DigestMismatch, ModelError
+from fetcher.excerpts import differing
 from fetcher.job import Job
 from fetcher.ranges import Range
 from fetcher.store.chunks import Verdict
