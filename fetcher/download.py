@@ -118,6 +118,8 @@ class Wanted(Protocol):
 
     layer: Layer
     schedule: Schedule
+    place: int
+    """Of the blob in its manifest; those with a lower one come first."""
     chunks: KnownList | None
     """What proves single chunks, if anything does."""
 
@@ -334,9 +336,9 @@ class Download:
             self._turns.leave(self)
 
     @property
-    def order(self) -> str:
+    def order(self) -> tuple[int, str]:
         """Its place among the downloads of the node."""
-        return self._blob.digest.hex
+        return self._wanted.place, self._blob.digest.hex
 
     def has_work(self) -> bool:
         """Whether anything is wanted that is not there and not on its way."""

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _BEGUN: Final = 0.02
 """The part of a blob from which on it is not worth to begin anew for a list of other chunks."""
+NO_PLACE: Final = 2**31
+"""Behind all that have one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +65,8 @@ class Job:
         self.previous = previous
         """A job of the same blob that was told to stop and may not have ended yet."""
         self.waiters = 0
+        self.place = NO_PLACE
+        """Of the blob in the manifest that it is fetched for; peers are asked in this order."""
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
         self.complete = False

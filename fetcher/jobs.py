@@ -19,7 +19,7 @@ from fetcher.download import Download, DownloadSettings, Source
 from fetcher.endings import Ending, Outcome
 from fetcher.errors import DigestMismatch, ModelError
 from fetcher.excerpts import differing
-from fetcher.job import Job
+from fetcher.job import NO_PLACE, Job
 from fetcher.ranges import Range
 from fetcher.store.chunks import Verdict
 from fetcher.threads import run_stoppable
@@ -77,12 +77,15 @@ class Jobs:
         """Told of such a blob whose bytes proved wrong."""
 
     @contextlib.contextmanager
-    def join(self, layer: Layer, source: Source, *, background: bool = True) -> Iterator[Job]:
+    def join(
+        self, layer: Layer, source: Source, *, background: bool = True, place: int = NO_PLACE
+    ) -> Iterator[Job]:
         """The job that fetches a layer's blob, started if there is none; wait for it inside the
         block.
 
         All of it is fetched, or, where nobody wants it in the ``background``, only what is wanted
-        by :meth:`Job.want` and the like. The caller has reserved room for it.
+        by :meth:`Job.want` and the like. ``place`` is the layer's in its manifest, if that is
+        known. The caller has reserved room for it.
         """
         digest = layer.descriptor.digest
         job = self._jobs.get(digest)
@@ -93,6 +96,7 @@ class Jobs:
             self._nursery.start_soon(self._run, job, name=f"job {digest.short}")
         job.offer(source)
         job.waiters += 1
+        job.place = min(job.place, place)
         try:
             with job.whole() if background else contextlib.nullcontext():
                 yield job

@@ -106,6 +106,8 @@ class Pull:
             digest: layer.descriptor.size
             for digest, layer in selection.layers(resolved.model).items()
         }
+        self.places = {digest: place for place, digest in enumerate(self.sizes)}
+        """In the manifest; the same on each node."""
 
     def progress(self) -> Progress:
         """Bytes of the wanted blobs that are here, and bytes in all."""
@@ -432,7 +434,7 @@ class Pulls:
     async def _fetch_missing(self, pull: Pull, layer: Layer) -> None:
         digest = layer.descriptor.digest
         first, *others = pull.sources
-        with self._jobs.join(layer, first) as job:
+        with self._jobs.join(layer, first, place=pull.places[digest]) as job:
             for source in others:
                 job.offer(source)
             pull.jobs[digest] = job

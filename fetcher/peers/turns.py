@@ -1,17 +1,20 @@
 """Which of a node's downloads asks peers next: in one order, the same on every node.
 
 All of them share the room for requests. What an owner is asked for by one node first, the others
-ask it for first, too: it is fetched once, and passed on to all while it arrives. And only who may
-ask looks what to ask for: there may be hundreds of blobs on their way.
+ask it for first, too: it is fetched once, and passed on to all while it arrives. That order is the
+manifest's, as nodes open the blobs of a model in it, a few dozen at a time: an owner that is asked
+for a late one first would let its asker wait behind all that others ask of it. And only who may ask
+looks what to ask for: there may be hundreds of blobs on their way.
 """
 
 from __future__ import annotations
 
-import bisect
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    Order = tuple[int, str]
 
 _MOMENT: Final = 0.2
 """Seconds after which all look again: some had to be left alone for a while."""
@@ -23,8 +26,8 @@ class Asking(Protocol):
     """A download."""
 
     @property
-    def order(self) -> str:
-        """Those with less of it come first."""
+    def order(self) -> Order:
+        """Those with less of it come first. May become less."""
 
     def wake(self) -> None:
         """Have it look what to ask for."""
@@ -61,7 +64,7 @@ class Turns:
 
     def attend(self, one: Asking) -> None:
         """Give it its turns from now on."""
-        bisect.insort(self._all, one, key=_order)
+        self._all.append(one)
         self._since[one] = self._clock()
 
     def leave(self, one: Asking) -> None:
@@ -89,8 +92,7 @@ class Turns:
                 if one.is_waiting():
                     one.wake()
             return
-        # what others wait for comes first, else all have the same order
-        waiting.sort(key=_is_not_asked)
+        waiting.sort(key=_rank)
         self._next = waiting[::-1]
         self._give()
 
@@ -124,9 +126,6 @@ class Turns:
         return one.is_opening() and self._clock() < self._since[one] + _OPENING_SECONDS
 
 
-def _order(one: Asking) -> str:
-    return one.order
-
-
-def _is_not_asked(one: Asking) -> bool:
-    return not one.is_asked()
+def _rank(one: Asking) -> tuple[bool, Order]:
+    # what others wait for comes first, else all nodes have the same order
+    return not one.is_asked(), one.order

@@ -11,8 +11,9 @@ from fetcher.peers.turns import Turns
 class Blob:
     """A download that finds something to ask for as often as it is told."""
 
-    order: str
+    name: str
     woken: list[str]
+    place: int = 0
     work: bool = True
     choosing: bool = True
     opening: bool = False
@@ -20,7 +21,11 @@ class Blob:
     waiting: bool = False
 
     def wake(self) -> None:
-        self.woken.append(self.order)
+        self.woken.append(self.name)
+
+    @property
+    def order(self) -> tuple[int, str]:
+        return self.place, self.name
 
     def has_work(self) -> bool:
         return self.work
@@ -47,8 +52,8 @@ class Node:
     def __post_init__(self) -> None:
         self.turns = Turns(lambda: self.room > 0, lambda: self.now)
 
-    def attend(self, *orders: str) -> list[Blob]:
-        blobs = [Blob(order, self.woken) for order in orders]
+    def attend(self, *names: str) -> list[Blob]:
+        blobs = [Blob(name, self.woken) for name in names]
         for one in blobs:
             self.turns.attend(one)
         return blobs
@@ -69,6 +74,20 @@ def test_what_others_wait_for_comes_first() -> None:
     node = Node()
     a, b = node.attend("a", "b")
     b.asked = True
+def test_one_whose_place_becomes_known_later_moves_there() -> None:
+    node = Node()
+    a, b, c = node.attend("a", "b", "c")
+    a.place, b.place = 3, 2
+    c.place = 9
+    node.turns.begin()
+    assert node.turns.may_look(b)
+    c.place = 1
+    node.turns.begin()
+    for one in (c, b, a):
+        assert node.turns.may_look(one)
+        node.turns.pass_on(one)
+
+
     node.turns.begin()
     assert node.turns.may_look(b)
     node.turns.pass_on(b)
