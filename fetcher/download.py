@@ -316,7 +316,8 @@ class Download:
         elif peers is not None:
             self._turns.pass_on(self)
             peers.review()
-            await peers.pause(self._change)
+            is_eager = self._schedule.is_hurried or self._turns.is_first(self)
+            await peers.pause(self._change, is_eager=is_eager)
         else:
             self._chooses = False
             await self._change()
@@ -359,6 +360,12 @@ class Download:
     def is_waiting(self) -> bool:
         """Whether peers, or the registry in their place, are bringing something."""
         return self._peers is not None and self._peers.is_waiting
+
+    def may_ask(self) -> bool:
+        """Whether it might ask for something: a peer, or the registry for what is its own."""
+        if self._client is None or self._peers is None:
+            return True
+        return self._client.has_room or self._peers.may_ask()
 
     @property
     def _turns(self) -> Turns:
@@ -474,10 +481,15 @@ class Download:
         gave this node for it. Raises :class:`ModelError`.
         """
         source = self._wanted.source
-        shown = await shown_for(
-            self._registry, source.reference, self._blob.digest, source.keychain, renew=renew
-        )
-        return source.reference, shown
+        reference, keychain = source.reference, source.keychain
+
+        async def look() -> str | None:
+            blob = self._blob.digest
+            return await shown_for(self._registry, reference, blob, keychain, renew=renew)
+
+        if self._client is None:
+            return reference, await look()
+        return reference, await self._client.passes.get(reference, keychain, look, renew=renew)
 
     @property
     def hearsay(self) -> BlobChunks | None:

@@ -80,6 +80,10 @@ class Job:
         """Of the bytes that are there."""
         self._listening = False
         """Whether anybody wants to know of it."""
+        self._awaited = -1
+        """The chunk that is waited for as a whole."""
+        self._came = trio.Event()
+        """It has come."""
         self._token = trio.lowlevel.current_trio_token()
         self.trusted_name = trusted_name
         """The name by which bytes are trusted: a registry and a repository."""
@@ -343,10 +347,13 @@ class Job:
         self.schedule.look_again()
         self._look()
 
+    def _has_awaited(self) -> bool:
+        return self._awaited >= 0 and self.partial is not None and self.partial.has(self._awaited)
+
     def arrived(self, _: int) -> None:
         """Bytes came, in whichever thread."""
         self.moved = time.monotonic()
-        if self._waiting or self._listening:
+        if self._waiting or self._listening or self._has_awaited():
             self._token.run_sync_soon(self._look, idempotent=True)
 
     def _look(self) -> None:
@@ -354,6 +361,9 @@ class Job:
         if self._listening:
             self._listening = False
             self._change.set()
+        if self._has_awaited():
+            self._awaited = -1
+            self._came.set()
         for waiter in list(self._waiting):
             if self._is_met(waiter.want):
                 self._end(waiter, None)
@@ -370,6 +380,19 @@ class Job:
             self._listening, self._change = True, trio.Event()
             await trio.lowlevel.checkpoint()
 
+    async def chunk(self, number: int) -> None:
+        """Wait until a whole chunk is there, or the job has ended; for one task at a time.
+
+        What comes of the others wakes nobody.
+        """
+        self._awaited, self._came = number, trio.Event()
+        # in this order: what comes from now on is told
+        if self._has_awaited() or self.finished.is_set():
+            self._awaited = -1
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._came.wait()
+
     def _is_met(self, want: Want) -> bool:
         partial = self.partial
         return self.complete or (partial is not None and self.schedule.is_met(want, partial))
@@ -384,5 +407,6 @@ class Job:
         self.finished.set()
         self._listening = False
         self._change.set()
+        self._came.set()
         for waiter in list(self._waiting):
             self._end(waiter, None)

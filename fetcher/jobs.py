@@ -358,6 +358,8 @@ def _drop(partial: PartialBlob, chunks: Iterable[int], _: threading.Event) -> No
 async def _verified(job: Job, download: Download, partial: PartialBlob) -> bool:
     """Hash what comes, in order, in a thread only while something comes."""
     while True:
+        if partial.is_awaiting:
+            await job.chunk(partial.hashing)
         right = await run_stoppable(lambda stop: partial.verify(stop, _IDLE_SECONDS))
         if partial.is_contradicted:
             job.contradicted()
@@ -369,5 +371,3 @@ async def _verified(job: Job, download: Download, partial: PartialBlob) -> bool:
             return right
         # what was there before, and proved wrong, is fetched again
         job.look_again()
-        while not partial.has(partial.hashing):
-            await job.change()

@@ -39,8 +39,6 @@ _LATELY: Final = 10.0
 _MOST_HOLDERS: Final = 8
 """Members that are remembered to have one chunk."""
 _GUESSES: Final = 2
-_GUESS_SECONDS: Final = 0.05
-"""Between two guesses of the node: each costs both sides a request."""
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
 _EARLY_SECONDS: Final = 2.0
@@ -90,6 +88,8 @@ class Pick:
 
     chunk: int
     member: Member | None
+    is_guess: bool = False
+    """Whether nobody knows that the member has it."""
 
 
 @dataclass(eq=False)
@@ -207,6 +207,13 @@ class BlobChoice:
             return Pick(chunk, None) if self._has_waited(chunk, now) else None
         return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)))
 
+    def is_for_hosts(self, now: float) -> bool:
+        """Whether mirrors and the registry may be asked for some of it before peers are; not known
+        of several chunks.
+        """
+        self._refresh()
+        return self.size > self.chunk_size or self._first(0, self.line(0), now) is None
+
     def again(self, chunk: int, now: float, excepted: Iterable[str] = ()) -> Pick | None:
         """Whom to ask for the rest of a chunk after somebody failed; None while it has to wait."""
         self._refresh()
@@ -231,10 +238,11 @@ class BlobChoice:
         if is_full:
             return None
         ready = [one for one in able if self._is_ready(one, chunk, now) and self._is_free(one)]
-        if not ready and not excepted:
+        is_guess = not ready and not excepted
+        if is_guess:
             ready = self._guesses(chunk, line, now)
         if ready:
-            return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)))
+            return Pick(chunk, min(ready, key=lambda one: self._cost(one, line)), is_guess)
         if not any(self._is_ready(one, chunk, now) for one in able):
             return Pick(chunk, None) if self._has_waited(chunk, now) else None
         return None
@@ -259,7 +267,7 @@ class BlobChoice:
     def _guesses(self, chunk: int, line: tuple[Member, ...], now: float) -> list[Member]:
         """Members that may have got the chunk meanwhile: they say quickly if they have not."""
         nearby = self.members.nearby
-        if now - self.standings.guessed_at < _GUESS_SECONDS:
+        if now - self.standings.guessed_at < self.standings.guess_pause:
             return []
         tried = [random.choice(nearby) for _ in range(_GUESSES)] if nearby else []  # noqa: S311
         found = [

@@ -18,6 +18,7 @@ from fetcher.answers import Piece
 from fetcher.pacing import PacedSink
 from fetcher.peers import protocol
 from fetcher.peers.choice import Appetite
+from fetcher.peers.passes import Passes
 from fetcher.peers.standings import Standings
 from fetcher.peers.trials import TRIED_FROM
 from fetcher.peers.turns import Turns
@@ -91,23 +92,28 @@ class PeerClient:
         self.members = members
         self.standings = Standings()
         self.wholes = Wholes()
+        self.passes = Passes()
         self.settings = settings
         self._token = token
         self._transfer = transfer
         self._contexts = Contexts()
         self._idle: collections.OrderedDict[Connection, str] = collections.OrderedDict()
-        self.turns = Turns(self._has_room, trio.current_time)
+        self.turns = Turns(self._has_any_room, trio.current_time)
 
     @property
     def authenticates(self) -> bool:
         """Whether peers prove who they are: a token only says who asks, and not who answers."""
         return self.settings.trust is not None and self.settings.trust.verify
 
-    def _has_room(self) -> bool:
+    def _has_any_room(self) -> bool:
         """Whether another request may go out, to a peer or for what this node owns."""
-        appetite, standings = self.settings.appetite, self.standings
-        own = appetite.of_registry_each(len(self.members.nearby) + 1)
-        return standings.under_way < appetite.of_peers or standings.of_registry < own
+        own = self.settings.appetite.of_registry_each(len(self.members.nearby) + 1)
+        return self.has_room or self.standings.of_registry < own
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request may go out to a peer."""
+        return self.standings.under_way < self.settings.appetite.of_peers
 
     # -- one request -------------------------------------------------------------------------------
 

@@ -51,12 +51,12 @@ logger = logging.getLogger(__name__)
 
 _MOMENT: Final = 0.2
 """Seconds after which is looked again who may be asked, and who is slow."""
+_LONG_MOMENT: Final = 1.0
+"""The same of a blob of which nothing is on its way: its turn comes all the same."""
 _JUDGED_SECONDS: Final = 1.0
 _MOST_DOUBTS: Final = 2
 _LONGEST_PAUSE: Final = 0.5
 """Between two looks for somebody who is not busy."""
-_SHOWN_SECONDS: Final = 5.0
-"""For how long an authorization is taken to be what would be shown, without another look."""
 _RENEWED_SECONDS: Final = 10.0
 """How often an authorization that peers refused is renewed."""
 
@@ -149,8 +149,6 @@ class PeerFetching:
         """Members that hearsay speaks against, and whether they said that they have all."""
         self._renew_at = float("-inf")
         self._renew = False
-        self._shown: tuple[Reference, str | None] | None = None
-        self._shown_until = float("-inf")
 
     @property
     def is_on(self) -> bool:
@@ -261,6 +259,8 @@ class PeerFetching:
             del self._works[flow]
             choice.ended(pick)
             flow.look()
+            if pick.is_guess:
+                self._client.standings.guessed(found=flow.got > 0)
             seconds = trio.current_time() - started
             name = None if pick.member is None else pick.member.name
             self._client.standings.measured(name, flow.got, seconds, started + seconds)
@@ -489,10 +489,7 @@ class PeerFetching:
         renew = self._renew and now >= self._renew_at
         if renew:
             self._renew, self._renew_at = False, now + _RENEWED_SECONDS
-        if renew or self._shown is None or now >= self._shown_until:
-            self._shown = await self._hosts.authorization(renew=renew)
-            self._shown_until = trio.current_time() + _SHOWN_SECONDS
-        return self._shown
+        return await self._hosts.authorization(renew=renew)
 
     # -- all that is under way ---------------------------------------------------------------------
 
@@ -501,10 +498,18 @@ class PeerFetching:
         """Whether requests are under way."""
         return bool(self._works)
 
-    async def pause(self, change: Callable[[], Awaitable[None]]) -> None:
-        """Wait for ``change``, or for a moment, after which another request may go out."""
-        with trio.move_on_after(_MOMENT):
+    async def pause(self, change: Callable[[], Awaitable[None]], *, is_eager: bool) -> None:
+        """Wait for ``change``, or for a moment, after which another request may go out.
+
+        There may be hundreds of blobs of which nothing is on its way: one that ``is_eager`` looks
+        for all of them.
+        """
+        with trio.move_on_after(_MOMENT if self._works or is_eager else _LONG_MOMENT):
             await change()
+
+    def may_ask(self) -> bool:
+        """Whether a request may go out for the blob though there is no room for more to peers."""
+        return self._choice is None or self._choice.is_for_hosts(trio.current_time())
 
     def review(self) -> None:
         """Leave peers that are much too slow; with nothing else to ask for, have others help."""

@@ -33,6 +33,9 @@ _NEWEST: Final = 0.3
 """The part that the newest measurement has in what is believed."""
 _TELLING_BYTES: Final = 256 * 1024
 """Less is over before its pace shows."""
+_LEAST_GUESS_PAUSE: Final = 0.05
+_LONGEST_GUESS_PAUSE: Final = 1.6
+"""Between two guesses of the node: each costs both sides a request."""
 _MAX_PEERS: Final = 20_000
 _NEVER: Final = float("-inf")
 
@@ -81,6 +84,8 @@ class Standings:
     """When a member had nothing of a blob of which this node owns some."""
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
+    guess_pause: float = _LEAST_GUESS_PAUSE
+    """Seconds after which another one may be, the longer the less comes of it."""
     harvest: Harvest = field(default_factory=Harvest)
     counts: Counter[str] = field(default_factory=Counter)
     """What happened, for those who look: bytes, requests, failures, busy, slow, wrong, banned."""
@@ -143,6 +148,11 @@ class Standings:
         """It brought all that it was asked for: what was held against it is forgiven."""
         one = self.of(name)
         one.failures = one.silences = 0
+
+    def guessed(self, *, found: bool) -> None:
+        """A member that might have had a chunk was asked: whether it had some of it."""
+        pause = self.guess_pause / 2 if found else self.guess_pause * 2
+        self.guess_pause = min(max(pause, _LEAST_GUESS_PAUSE), _LONGEST_GUESS_PAUSE)
 
     def measured(self, name: str | None, got: int, seconds: float, now: float) -> None:
         """A transfer brought ``got`` bytes in ``seconds``; without a name from a registry."""

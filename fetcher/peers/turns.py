@@ -47,6 +47,9 @@ class Asking(Protocol):
     def is_waiting(self) -> bool:
         """Whether requests of it are under way."""
 
+    def may_ask(self) -> bool:
+        """Whether it might ask for something now, room or not."""
+
 
 class Turns:
     """The downloads of a node that ask peers. Belongs to the trio thread."""
@@ -96,6 +99,10 @@ class Turns:
         self._next = waiting[::-1]
         self._give()
 
+    def is_first(self, one: Asking) -> bool:
+        """Whether it is the first of those that look when they are woken."""
+        return next((other for other in self._all if other.is_choosing()), None) is one
+
     def may_look(self, one: Asking) -> bool:
         """Whether it is its turn."""
         if self._clock() >= self._began_at + _MOMENT:
@@ -118,7 +125,7 @@ class Turns:
             if self._is_opening(one):
                 # it begins a round itself once it is open
                 return
-            if one.is_choosing():
+            if one.is_choosing() and one.may_ask():
                 self._turn = one
                 one.wake()
 

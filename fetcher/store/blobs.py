@@ -244,6 +244,13 @@ class PartialBlob:
         """The chunk that is hashed next; the number of chunks at the end."""
         return self._hashing
 
+    @property
+    def is_awaiting(self) -> bool:
+        """Whether :meth:`verify` has nothing to do before the chunk comes that is hashed next."""
+        if self._hash_from is not None or self._hashing >= self._chunks.count:
+            return False
+        return not self._chunks.has(self._hashing)
+
     def verify_anew(self, first: int = 0) -> None:
         """Let :meth:`verify` begin again at chunk ``first``: bytes that it has seen were replaced.
 

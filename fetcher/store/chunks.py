@@ -13,6 +13,7 @@ and what was mapped would be a ``SIGBUS`` then.
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import os
 import struct
@@ -102,6 +103,7 @@ def name_mark(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
+@functools.cache
 def boot_id() -> bytes:
     """The kernel's name for this boot, 36 characters."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

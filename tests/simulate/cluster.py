@@ -186,6 +186,8 @@ class Node:
             other = cluster.by_name[pick.member.name]
             may_arrive = is_first and bool(choice.line(pick.chunk))
             found = other.serve(self, blob, pick.chunk, is_first=may_arrive)
+            if pick.is_guess:
+                self.standings.guessed(found=found is not None)
             if found is None:
                 cluster.refused += 1
                 return False

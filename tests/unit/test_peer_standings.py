@@ -51,3 +51,17 @@ def test_who_is_spared_is_known_once_peers_have_told() -> None:
     assert standings.spare(["one", "two"]) == 4
     standings.told("two", 5)
     assert standings.spare(["one", "two"]) == 5
+
+
+def test_guesses_are_fewer_the_less_comes_of_them() -> None:
+    standings = Standings()
+    first = standings.guess_pause
+    for _ in range(20):
+        standings.guessed(found=False)
+    longest = standings.guess_pause
+    assert longest > 10 * first
+    standings.guessed(found=True)
+    assert standings.guess_pause < longest
+    for _ in range(20):
+        standings.guessed(found=True)
+    assert standings.guess_pause == first

@@ -19,6 +19,7 @@ class Blob:
     opening: bool = False
     asked: bool = False
     waiting: bool = False
+    able: bool = True
 
     def wake(self) -> None:
         self.woken.append(self.name)
@@ -41,6 +42,9 @@ class Blob:
 
     def is_waiting(self) -> bool:
         return self.waiting
+
+    def may_ask(self) -> bool:
+        return self.able
 
 
 @dataclass
@@ -70,10 +74,6 @@ def test_all_look_in_one_order_whoever_came_first() -> None:
     assert not node.turns.may_look(a)
 
 
-def test_what_others_wait_for_comes_first() -> None:
-    node = Node()
-    a, b = node.attend("a", "b")
-    b.asked = True
 def test_one_whose_place_becomes_known_later_moves_there() -> None:
     node = Node()
     a, b, c = node.attend("a", "b", "c")
@@ -88,6 +88,10 @@ def test_one_whose_place_becomes_known_later_moves_there() -> None:
         node.turns.pass_on(one)
 
 
+def test_what_others_wait_for_comes_first() -> None:
+    node = Node()
+    a, b = node.attend("a", "b")
+    b.asked = True
     node.turns.begin()
     assert node.turns.may_look(b)
     node.turns.pass_on(b)
@@ -128,6 +132,24 @@ def test_one_that_does_not_look_is_passed_over() -> None:
     a.choosing, b.work = False, False
     node.turns.begin()
     assert node.turns.may_look(c)
+
+
+def test_one_that_cannot_ask_is_passed_over() -> None:
+    node = Node()
+    a, b = node.attend("a", "b")
+    a.able = False
+    node.turns.begin()
+    assert node.turns.may_look(b)
+    assert node.woken == ["b"]
+
+
+def test_the_first_that_looks_looks_for_all() -> None:
+    node = Node()
+    a, b, c = node.attend("a", "b", "c")
+    a.choosing = False
+    assert [node.turns.is_first(one) for one in (a, b, c)] == [False, True, False]
+    node.turns.leave(b)
+    assert node.turns.is_first(c)
 
 
 def test_one_that_leaves_passes_its_turn_on() -> None:
