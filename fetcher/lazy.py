@@ -28,6 +28,7 @@ from fetcher.quantities import bytes_text
 from fetcher.schedule import Prefetch
 from fetcher.store.disk import disk_error, sync_folder, write_durably
 from fetcher.store.footprint import content_name, tree_name
+from fetcher.tasks import for_each
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,11 +105,7 @@ class LazyModels:
             known = self._models.get(key)
             if known is not None or proven:
                 break
-            layers = selection.layers(resolved.model)
-            await self._proofs.prove(resolved.reference, layers, resolved.keychain)
-            if self._parts.lists is not None:
-                # before its first byte comes: what came unproven stays so
-                await self._parts.lists.find(resolved.reference, resolved.model, resolved.keychain)
+            await self._prove(resolved, selection)
             proven = True
         if known is None:
             plan = self._plan(resolved, selection, prefetch)
@@ -164,6 +161,22 @@ class LazyModels:
             raise disk_error(error, path) from error
 
     # -- within ------------------------------------------------------------------------------------
+
+    async def _prove(self, resolved: Resolved, selection: Selection) -> None:
+        """Have the registry say that it has all layers, and what proves single chunks of them.
+
+        Before its first byte comes, as what came unproven stays so. Raises :class:`ModelError`.
+        """
+        reference, model, keychain = resolved.reference, resolved.model, resolved.keychain
+
+        async def blobs() -> None:
+            await self._proofs.prove(reference, selection.layers(model), keychain)
+
+        async def chunks() -> None:
+            if self._parts.lists is not None:
+                await self._parts.lists.find(reference, model, keychain)
+
+        await for_each((blobs, chunks), lambda ask: ask(), 2)
 
     def _start(self, plan: LazyPlan, source: Source | None, *, persistent: bool) -> LazyModel:
         known = LazyModel(self._parts, plan, source)

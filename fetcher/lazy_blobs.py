@@ -61,6 +61,9 @@ class Owner(Protocol):
     def spoiled(self, layer: Layer, reason: str) -> None:
         """The bytes of a layer proved wrong, and may have been shown."""
 
+    def reads(self) -> None:
+        """A reader begins to wait for something."""
+
     def was_read(self) -> None:
         """A reader got what it waited for."""
 
@@ -142,6 +145,8 @@ class LazyBlob:
         Raises the :class:`ModelError` that keeps them from coming until somebody changes something;
         what passes by itself is waited for.
         """
+        if not ahead:
+            self._owner.reads()
         if self._is_read_early:
             await self._until(lambda job: job.want(wanted, ahead=ahead, trusted=True))
         else:

@@ -214,6 +214,10 @@ class LazyModel:
         for listener in list(self.listeners):
             listener.spoiled(layer.descriptor.digest, reason)
 
+    def reads(self) -> None:
+        """A reader begins to wait for something."""
+        self.start.reads()
+
     def was_read(self) -> None:
         """A reader got what it waited for."""
         self.start.was_read()
