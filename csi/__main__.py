@@ -113,8 +113,7 @@ async def compose(config: Config, role: str) -> AsyncIterator[Node]:
             )
             lazy = lazy_volumes(config, role, records, models, store, downloads)
             volumes = Volumes(records, pulls, store.root, config.kubelet_dir, lazy)
-            ownership = None if others is None else others.members
-            peers = peer_server(config, role, store, registry, jobs, ownership, downloads)
+            peers = peer_server(config, role, store, registry, jobs, others, downloads)
             calls = AgentCalls(
                 store=store,
                 registry=registry,

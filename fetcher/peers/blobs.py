@@ -47,12 +47,18 @@ class Ownership(Protocol):
         ``wanted`` begins in.
         """
 
+    def asked(self, blob: Digest) -> None:
+        """A member wants some of a blob that this node is to fetch for all."""
+
 
 class OwnsNothing:
     """The ownership of a node without members."""
 
     def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
         return False
+
+    def asked(self, blob: Digest) -> None:
+        """Nothing follows from it."""
 
 
 class Allowing(Protocol):
@@ -111,6 +117,8 @@ class Blobs:
             # at once: the registry would be asked for nothing, while somebody waits
             self._served.lacking += 1
             raise _lacking(asked, self._have(asked, None))
+        if asked.member and not asked.ready and self._is_owned(asked):
+            self._ownership.asked(asked.digest)
         asker = Asker(asked.reference, asked.authorization, asked.hops)
         told = await self._rights.blob(asker)
         # nothing is held for others: what is evicted meanwhile, they get elsewhere
@@ -132,9 +140,13 @@ class Blobs:
         """
         if not asked.member or self._find(asked.digest) is not None:
             return False
+        return asked.ready or self._is_owned(asked) is False
+
+    def _is_owned(self, asked: Asked) -> bool | None:
+        """Whether this node is to fetch the part that is asked for; None where it is the whole."""
         # the size is the registry's to say: it is not looked at here whether there are such bytes
         part = requested_range(asked.range, _ANY_SIZE)
-        return asked.ready or (part is not None and not self._owns(asked, part))
+        return None if part is None else self._owns(asked, part)
 
     def _find(self, digest: Digest) -> Body | None:
         """What is here of a blob."""

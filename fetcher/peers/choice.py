@@ -41,8 +41,6 @@ _MOST_HOLDERS: Final = 8
 _GUESSES: Final = 2
 _LACKING_SECONDS: Final = 2.0
 """How long a member that lacks a chunk is taken not to have got it."""
-_EARLY_SECONDS: Final = 2.0
-"""How long all are taken to have just begun, after one of them lacked a blob."""
 _SILENT_SECONDS: Final = 30.0
 """How long a member is not asked for a chunk of which it sent nothing."""
 _MOST_KEPT: Final = 4096
@@ -146,12 +144,14 @@ class BlobChoice:
     """By chunk, some members that have it, as they or others said."""
     _has_asked: bool = False
     """Whether somebody was asked for a chunk of this node's own."""
-    _first_asked: int | None = None
+    _questioned: int | None = None
     """That chunk, while he is."""
     _lacking: dict[tuple[str, int], float] = field(default_factory=dict)
     """Until when members are not asked for chunks that they lack."""
     _elsewhere: dict[tuple[str, int], float] = field(default_factory=dict)
     """Until when members are not asked for chunks for which they named somebody else."""
+    _marked: set[int] = field(default_factory=set)
+    """Chunks that some are not asked for."""
     _waiting_since: dict[int, float] = field(default_factory=dict)
     _distrusted: set[str] = field(default_factory=set)
     """Members that passed on wrong bytes of this blob."""
@@ -163,13 +163,17 @@ class BlobChoice:
         self._refresh()
         best: Pick | None = None
         least = float("inf")
-        for chunk in islice(chunks, _WINDOW):
+        window = list(islice(chunks, _WINDOW))
+        looked: dict[str, bool] = {}
+        for chunk in window:
             line = self.line(chunk)
+            if line and self._is_as_another(chunk, line[0], looked, now):
+                continue
             if not line and self._may_ask_registry():
-                if self._first_asked is not None:
-                    # whoever is asked for the first one says in a moment if he has the others
+                if self._is_questioning(now):
+                    # whoever is asked for one of them says in a moment if he has the others
                     continue
-                return Pick(chunk, self._holder(chunk, now))
+                return self._question(window, now) or Pick(chunk, self._holder(chunk, now))
             found = self._source(chunk, line, now)
             if found is None:
                 continue
@@ -178,22 +182,49 @@ class BlobChoice:
                 best, least = found, cost
         return best
 
-    def _holder(self, chunk: int, now: float) -> Member | None:
-        """Somebody who has a chunk of this node's own, as where it joined the others later.
+    def _is_as_another(
+        self, chunk: int, owner: Member, looked: dict[str, bool], now: float
+    ) -> bool:
+        """Whether a chunk of that owner was looked at just now, and this one differs in nothing.
 
-        Where nobody told yet what he has of the blob, one of them is asked, once; but not if one
-        lacked another blob a moment ago, as all have just begun then.
+        So a look takes as long as there are owners, and not chunks.
         """
+        if chunk in self._holders or chunk in self._marked:
+            return False
+        known = looked.get(owner.name)
+        if known is None:
+            # where he is not to be asked, each chunk has somebody else
+            looked[owner.name] = self._may_ask(owner, chunk, now)
+            return False
+        return known
+
+    def _holder(self, chunk: int, now: float) -> Member | None:
+        """Somebody who has a chunk of this node's own, as where it joined the others later."""
         able = [one for one in self._able(chunk, (), now) if self._is_ready(one, chunk, now)]
-        nearby = self.members.nearby
-        is_early = now - self.standings.lacked_at < _EARLY_SECONDS
-        if not (able or self._had or self._has_asked or is_early) and nearby:
-            self._has_asked = True
-            one = random.choice(nearby)  # noqa: S311 - no secret
-            usable = self._may_ask(one, chunk, now) and self._is_ready(one, chunk, now)
-            able = [one] if usable and one != self.members.myself else []
-            self._first_asked = chunk if able else None
         return min(able, key=lambda one: self._cost(one, ()), default=None)
+
+    def _question(self, window: Sequence[int], now: float) -> Pick | None:
+        """Where nobody told yet what he has of the blob, somebody is asked for a chunk of this
+        node's own, once; but not if all have just begun, as it seems.
+
+        For the last one: the others need not wait for the answer if it seems so meanwhile.
+        """
+        nearby = self.members.nearby
+        is_early = self.standings.beginnings.is_early(self.blob, now)
+        if self._had or self._has_asked or is_early or not nearby:
+            return None
+        self._has_asked = True
+        chunk = next(one for one in reversed(window) if not self.line(one))
+        member = random.choice(nearby)  # noqa: S311 - no secret
+        usable = self._may_ask(member, chunk, now) and self._is_ready(member, chunk, now)
+        if not usable or member == self.members.myself:
+            return None
+        self._questioned = chunk
+        return Pick(chunk, member)
+
+    def _is_questioning(self, now: float) -> bool:
+        is_early = self.standings.beginnings.is_early(self.blob, now)
+        return self._questioned is not None and not is_early
 
     def at_once(self, chunk: int, now: float) -> Pick | None:
         """Whom to ask for a chunk that waits for nothing; None while all who have it are busy."""
@@ -402,8 +433,8 @@ class BlobChoice:
 
     def ended(self, pick: Pick) -> None:
         """It ended, however."""
-        if pick.chunk == self._first_asked:
-            self._first_asked = None
+        if pick.chunk == self._questioned:
+            self._questioned = None
         if pick.member is None:
             self.standings.of_registry -= 1
         else:
@@ -411,6 +442,8 @@ class BlobChoice:
 
     def brought(self, chunk: int, member: Member, *, has_all: bool) -> None:
         """Some bytes of the chunk came from there."""
+        if not self.line(chunk):
+            self.standings.beginnings.had()
         self.contributors.setdefault(chunk, {})[member.name] = has_all
 
     def distrust(self, name: str) -> None:
@@ -424,6 +457,7 @@ class BlobChoice:
     def came(self, chunk: int) -> None:
         """The chunk is there."""
         self._holders.pop(chunk, None)
+        self._marked.discard(chunk)
         self._waiting_since.pop(chunk, None)
 
     def told(self, member: Member, have: Have) -> None:
@@ -450,12 +484,14 @@ class BlobChoice:
 
     def named(self, member: Member, chunk: int, other: str, now: float) -> None:
         """The member has much to do, and says who else has the chunk."""
+        self._marked.add(chunk)
         _forget_past(self._elsewhere, now)
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
         self._note(chunk, other)
 
     def refused(self, member: Member, chunk: int, now: float) -> None:
         """The member cannot send the chunk at the moment."""
+        self._marked.add(chunk)
         _forget_past(self._elsewhere, now)
         self._elsewhere[member.name, chunk] = now + _ELSEWHERE_SECONDS
 
@@ -467,8 +503,9 @@ class BlobChoice:
         self, member: Member, chunk: int, now: float, seconds: float = _LACKING_SECONDS
     ) -> None:
         """The member does not have the chunk, and does not fetch it; not for so many seconds."""
-        if chunk == self._first_asked:
-            self.standings.lacked_at = now
+        if chunk == self._questioned:
+            self.standings.beginnings.lacked(now)
+        self._marked.add(chunk)
         _forget_past(self._lacking, now)
         self._lacking[member.name, chunk] = now + seconds
         if member.name in self._holders.get(chunk, ()):

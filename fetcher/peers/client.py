@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fetcher.answers import Sink
-    from fetcher.oci import Descriptor, Reference
+    from fetcher.oci import Descriptor, Digest, Reference
     from fetcher.pacing import Pacing
     from fetcher.peers.members import Members
     from fetcher.peers.owners import Member
@@ -114,6 +114,17 @@ class PeerClient:
     def has_room(self) -> bool:
         """Whether another request may go out to a peer."""
         return self.standings.under_way < self.settings.appetite.of_peers
+
+    # -- what others ask of this node --------------------------------------------------------------
+
+    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+        """See :meth:`fetcher.peers.members.Members.owns`."""
+        return self.members.owns(blob, wanted, chunk_size)
+
+    def asked(self, blob: Digest) -> None:
+        """A member wants some of a blob that this node is to fetch: it may be worth a look."""
+        if self.standings.beginnings.asked(str(blob), trio.current_time()):
+            self.turns.begin()
 
     # -- one request -------------------------------------------------------------------------------
 

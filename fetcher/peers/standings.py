@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from fetcher.peers.beginnings import Beginnings
 from fetcher.peers.harvest import Harvest
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Standings:
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
     served_at: float = _NEVER
     """When a peer began to send something last."""
-    lacked_at: float = _NEVER
-    """When a member had nothing of a blob of which this node owns some."""
+    beginnings: Beginnings = field(default_factory=Beginnings)
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
     guess_pause: float = _LEAST_GUESS_PAUSE

@@ -231,6 +231,8 @@ class Node:
             asker.standings.failed(name, now, now)
             return None
         in_line = self.member in choice.line(chunk)
+        if in_line:
+            self.standings.beginnings.asked(str(self.cluster.digests[blob]), now)
         asker.standings.told(name, self.uploads)
         choice.told(self.member, self._have(blob))
         found = self._found(blob, chunk, passed_on=is_first or in_line)

@@ -45,6 +45,9 @@ class OwnsAll:
     def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
         return True
 
+    def asked(self, blob: Digest) -> None:
+        """Nothing follows from it."""
+
 
 @dataclass
 class PeerNode:

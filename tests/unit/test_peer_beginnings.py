@@ -1,0 +1,126 @@
+"""Whom a node asks for what it is to fetch for all: the others where it joins them, else nobody."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fetcher.peers.beginnings import Beginnings
+from fetcher.peers.choice import BlobChoice, Pick
+from fetcher.peers.members import Members
+from fetcher.peers.owners import Member
+from fetcher.peers.protocol import Have
+from fetcher.peers.standings import Standings
+
+CHUNK = 1024
+COUNT = 64
+BLOB = f"sha256:{7:064x}"
+OTHER = f"sha256:{8:064x}"
+
+
+def choice_of(blob: str = BLOB, standings: Standings | None = None) -> BlobChoice:
+    """The first of eight nodes."""
+    members = Members("node-0")
+    members.replace(Member(f"node-{n}", f"10.0.0.{n}:1") for n in range(8))
+    return BlobChoice(blob, CHUNK, COUNT * CHUNK, members, standings or Standings())
+
+
+def own(choice: BlobChoice) -> list[int]:
+    return [one for one in range(COUNT) if not choice.line(one)]
+
+
+def begun(choice: BlobChoice, chunks: list[int], now: float) -> Pick:
+    found = choice.next(chunks, now)
+    assert found is not None
+    choice.began(found)
+    chunks.remove(found.chunk)
+    return found
+
+
+def test_one_member_is_asked_for_the_last_chunk_of_its_own() -> None:
+    choice = choice_of()
+    mine = own(choice)
+    question = begun(choice, mine, 0.0)
+    assert question.chunk == own(choice)[-1]
+    assert question.member is not None
+    # the others wait for the answer
+    assert choice.next(mine, 0.1) is None
+    choice.lacks(question.member, question.chunk, 0.1)
+    choice.ended(question)
+    assert begun(choice, mine, 0.1) == Pick(own(choice)[0], None)
+
+
+def test_nobody_is_waited_for_once_others_have_just_begun_as_well() -> None:
+    choice = choice_of()
+    mine = own(choice)
+    question = begun(choice, mine, 0.0)
+    assert choice.standings.beginnings.asked(BLOB, 0.1)
+    assert begun(choice, mine, 0.1) == Pick(own(choice)[0], None)
+    assert question.chunk not in mine
+    # and nobody is asked at all where that is known from the first
+    standings = Standings()
+    standings.beginnings.asked(BLOB, 0.0)
+    early = choice_of(standings=standings)
+    assert begun(early, own(early), 0.1).member is None
+
+
+def test_who_joins_others_has_its_own_chunks_from_them() -> None:
+    choice = choice_of()
+    mine = own(choice)
+    question = begun(choice, mine, 0.0)
+    assert question.member is not None
+    choice.told(question.member, Have.all())
+    choice.brought(question.chunk, question.member, has_all=True)
+    choice.ended(question)
+    assert begun(choice, mine, 0.1).member == question.member
+
+
+def test_what_one_lacked_is_not_asked_for_again_soon_and_later_each_time() -> None:
+    standings, now, pauses = Standings(), 0.0, []
+    for number in range(8):
+        choice = choice_of(f"sha256:{number:064x}", standings)
+        while (question := choice.next(own(choice), now)) is None or question.member is None:
+            now += 1.0
+        pauses.append(now)
+        choice.began(question)
+        choice.lacks(question.member, question.chunk, now)
+        choice.ended(question)
+    steps = [later - earlier for earlier, later in itertools.pairwise(pauses)]
+    assert steps == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+
+
+@pytest.mark.parametrize("blob", [BLOB, OTHER])
+def test_that_a_blob_was_asked_for_says_nothing_of_others(blob: str) -> None:
+    beginnings = Beginnings()
+    assert beginnings.asked(BLOB, 0.0)
+    assert not beginnings.asked(BLOB, 1.0)
+    assert beginnings.is_early(blob, 2.0) == (blob == BLOB)
+    assert not beginnings.is_early(blob, 20.0)
+    assert beginnings.asked(BLOB, 20.0)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    beginnings = Beginnings()
+    for number in range(5000):
+        beginnings.asked(str(number), 0.0)
+    assert not beginnings.is_early("0", 0.0)
+    assert beginnings.is_early("4999", 0.0)
+
+
+def test_requests_are_spread_over_owners_and_past_chunks_that_they_lack() -> None:
+    choice = choice_of()
+    left = [one for one in range(COUNT) if choice.line(one)]
+    owner = choice.line(left[0])[0]
+    lacked = [one for one in left if choice.line(one)[0] == owner][:3]
+    for one in lacked:
+        choice.lacks(owner, one, 0.0)
+    asked = [begun(choice, left, 0.1) for _ in range(10)]
+    counts: dict[str, int] = {}
+    for pick in asked:
+        assert pick.member is not None
+        counts[pick.member.name] = counts.get(pick.member.name, 0) + 1
+        if pick.chunk in lacked:
+            assert pick.member != owner
+    assert len(counts) == 7
+    assert max(counts.values()) == 2
