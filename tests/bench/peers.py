@@ -103,12 +103,11 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario, mbit: float)
             made.befriend(nodes)
         if not scenario.joining:
             made.start(nodes)
-        if scenario.lazy:
-            # no node of a cluster was started in the second before
-            wait_until(lambda: all(map(Node.has_spare_worker, nodes)), "workers that wait")
         reference = made.reference(model)
         if scenario.prepare is not None:
             nodes = scenario.prepare(made, nodes, reference)
+        # no node of a cluster was started in the second before
+        wait_until(lambda: all(map(Node.has_spare_worker, nodes)), "workers that wait")
         lost: list[Node] = []
 
         def disturb(race: Race) -> None:
