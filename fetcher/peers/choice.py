@@ -193,8 +193,9 @@ class BlobChoice:
             return False
         known = looked.get(owner.name)
         if known is None:
-            # where he is not to be asked, each chunk has somebody else
-            looked[owner.name] = self._may_ask(owner, chunk, now)
+            # where he is not to be asked, each chunk has somebody else, or waits since it was seen
+            is_busy = self.standings.is_busy(owner.name, now)
+            looked[owner.name] = self._may_ask(owner, chunk, now) and not is_busy
             return False
         return known
 
