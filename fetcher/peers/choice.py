@@ -288,7 +288,7 @@ class BlobChoice:
             for name in self._holders.get(chunk, ())
             if (one := self.members.find(name)) is not None
             and one.zone == mine
-            and one not in line
+            and one != first
             and self._may_ask(one, chunk, now)
         ]
         return holders if first is None else [first, *holders]

@@ -147,6 +147,8 @@ class PeerFetching:
         self._works: dict[_StrandFlow, _Work] = {}
         self._suspects: dict[str, bool] = {}
         """Members that hearsay speaks against, and whether they said that they have all."""
+        self._ended = trio.Event()
+        """Of the next request that ends."""
         self._renew_at = float("-inf")
         self._renew = False
 
@@ -220,7 +222,9 @@ class PeerFetching:
                         work.is_left = True
                         return
                     if pick is None:
-                        await trio.sleep(pause)
+                        with trio.move_on_after(pause):
+                            # who sends something else may have room for it then
+                            await self._ended.wait()
                         pause = min(pause * 1.5, _LONGEST_PAUSE)
                         continue
                     self._chosen.began(pick)
@@ -258,6 +262,8 @@ class PeerFetching:
         finally:
             del self._works[flow]
             choice.ended(pick)
+            self._ended.set()
+            self._ended = trio.Event()
             flow.look()
             if pick.is_guess:
                 self._client.standings.guessed(found=flow.got > 0)
