@@ -254,6 +254,12 @@ class Job:
             yield
 
     @contextlib.contextmanager
+    def filled(self, order: int) -> Iterator[None]:
+        """Want all of it inside the block, as :meth:`fill` does."""
+        with self._scheduled(Want(self._everything, Urgency.BACKGROUND, order)):
+            yield
+
+    @contextlib.contextmanager
     def opened(self, wanted: Range) -> Iterator[None]:
         """Want a file of it whole inside the block, ahead of what nobody waits for."""
         with self._scheduled(Want(wanted, Urgency.WHOLE, 1)):

@@ -24,7 +24,6 @@ from fetcher.errors import (
     Unauthenticated,
 )
 from fetcher.modelpack import Packing
-from fetcher.ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from fetcher.jobs import Job, Jobs
     from fetcher.layouts import Layouts
     from fetcher.modelpack import Layer
+    from fetcher.ranges import Range
     from fetcher.store import Store
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,11 @@ class LazyBlob:
         """
 
         async def fetch(job: Job) -> None:
-            await job.fill(wanted or Range(0, self.layer.descriptor.size), order)
-            if wanted is None:
+            if wanted is not None:
+                await job.fill(wanted, order)
+                return
+            # to the end: what was there may prove wrong when the whole is hashed, and comes again
+            with job.filled(order):
                 await job.wait()
 
         await self._until(fetch, patient=False)
