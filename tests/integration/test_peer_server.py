@@ -286,15 +286,16 @@ def test_an_upstream_that_breaks_ends_the_answer_early(
         setup = Setup(ownership=OwnsAll(), chunk_size=8 * CHUNK, download=quick)
         async with peer_node(tmp_path / "root", setup) as node:
             url = node.blob_url("peers/cut", digest, proxy.address)
-            proxy.faults.cut_after = 2 * CHUNK
+            proxy.faults.cut_after = 5 * CHUNK
             proxy.faults.cuts_left = 1
-            proxy.faults.bytes_per_second = 40 * CHUNK
+            stall = proxy.faults.stall = _AfterSome()
             part = {"Range": f"bytes=0-{len(data) - 1}"}
             got = bytearray()
 
             async def read() -> None:
                 async with node.client.stream("GET", url, headers=part) as answer:
                     proxy.faults.statuses = [503] * 50
+                    stall.set()
                     async for piece in answer.aiter_raw():
                         got.extend(piece)
 
@@ -302,7 +303,6 @@ def test_an_upstream_that_breaks_ends_the_answer_early(
                 await read()
             assert bytes(got) == data[: len(got)]
             proxy.faults.statuses = []
-            proxy.faults.bytes_per_second = None
             again = await node.client.get(url, headers=part)
             assert again.content == data
 
