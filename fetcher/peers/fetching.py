@@ -452,6 +452,7 @@ class PeerFetching:
     def judge(self, *, hearsay_is_right: bool) -> None:
         """It is known now whether hearsay was right, and so who of the suspects is to blame."""
         suspects, self._suspects = self._suspects, {}
+        self._trials.acquit()
         for name, has_all in suspects.items():
             self._chosen.acquit(name)
             if hearsay_is_right:

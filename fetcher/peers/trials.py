@@ -4,7 +4,8 @@ What a liar sends is passed on by those that believe him, and nobody knows in th
 were wrong. So the first answer of such a member waits in memory, until a part of it, which he
 cannot foresee, was compared with the registry's own: he is used, or banned, and no wrong byte has
 gone anywhere. His other answers wait for that at their first byte. Where a list of chunk digests is
-there, or comes in a moment, it proves each chunk by itself, and nothing has to be asked.
+there, or comes in a moment, it proves each chunk by itself, and nothing has to be asked; but his
+other answers wait for the first chunk all the same, as a list says nothing before its end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from fetcher.errors import ModelError, NotFound
+from fetcher.errors import ChunkMismatch, ModelError, NotFound
 from fetcher.excerpts import EXCERPT_BYTES, excerpt_of
 from fetcher.peers.strands import Cut
 from fetcher.threads import Stopped
@@ -141,9 +142,7 @@ class Trials:
     def held(self, name: str, sink: Sink) -> Held | None:
         """What to put before the sink of an answer of this member; None where nothing is to be."""
         is_known = self._settled.get(name) is _Verdict.USED
-        if is_known or not self._is_large or self._judging.is_proven():
-            return None
-        return Held(sink, name)
+        return None if is_known or not self._is_large else Held(sink, name)
 
     async def judged(
         self, held: Held, name: str, wanted: Range, fetch: Callable[[], Awaitable[None]]
@@ -158,15 +157,35 @@ class Trials:
                 await fetch()
             except (ModelError, Cut) as error:
                 failure = error
+            self._settle_by(name, failure)
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
+
+    def acquit(self) -> None:
+        """Those whose chunks were wrong may have been right: what said so is not gone by."""
+        for name, verdict in list(self._settled.items()):
+            if verdict is _Verdict.REFUSED:
+                del self._settled[name]
+
+    def _settle_by(self, name: str, failure: ModelError | Cut | None) -> None:
+        """See what becomes of a member by an answer that ended, where its chunk is proven."""
+        if not self._judging.is_proven():
+            return
+        if failure is None:
+            self._settled.setdefault(name, _Verdict.USED)
+        elif isinstance(failure, ChunkMismatch) and failure.sole:
+            self._settled[name] = _Verdict.REFUSED
 
     async def _settle(self, held: Held, name: str, wanted: Range) -> None:
         try:
             await held.heard()
             async with self._turns.setdefault(name, trio.Lock()):
-                held.decide(self._settled.get(name) or await self._tried(held, name, wanted))
+                known = self._settled.get(name)
+                held.decide(known or await self._tried(held, name, wanted))
+                if known is None and self._judging.is_proven():
+                    # his others wait until this one has ended
+                    await trio.sleep_forever()
         finally:
             held.decide(_Verdict.LEFT)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from fetcher.errors import NotFound
+from fetcher.errors import ChunkMismatch, NotFound
 from fetcher.excerpts import EXCERPT_BYTES
 from fetcher.peers.trials import Held, Trials
 from fetcher.ranges import Range
@@ -145,7 +145,64 @@ def test_who_was_tried_is_not_tried_again() -> None:
 
 def test_small_blobs_and_proven_ones_are_not_tried() -> None:
     assert Trials(Judge(), 1000, 1001).held("peer", Kept()) is None
-    assert Trials(Judge(proven=True), 1000, 0).held("peer", Kept()) is None
+    judge = Judge(proven=True)
+    assert answered(judge, RIGHT) == RIGHT
+    assert judge.asked == []
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_where_chunks_are_proven_the_others_of_a_member_wait_for_the_first(is_right: bool) -> None:
+    judge = Judge(proven=True)
+
+    async def main() -> None:
+        trials = Trials(judge, len(WANTED), 0)
+        sinks = [Kept() for _ in range(4)]
+        refused: list[NotFound] = []
+
+        async def ask(kept: Kept) -> None:
+            held = trials.held("peer", kept)
+            assert held is not None
+            send = sending(held, RIGHT)
+
+            async def fetch() -> None:
+                await send()
+                # by its end a chunk is known to be right, or not
+                ended = sum(len(one.data) == len(RIGHT) for one in sinks)
+                assert is_right or ended == 1
+                if not is_right:
+                    raise mismatch("peer")
+
+            try:
+                await trials.judged(held, "peer", WANTED, fetch)
+            except NotFound as error:
+                refused.append(error)
+            except ChunkMismatch:
+                assert not is_right
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for kept in sinks:
+                    nursery.start_soon(ask, kept)
+        used = [one for one in sinks if one.data]
+        assert len(used) == (4 if is_right else 1)
+        assert len(refused) == (0 if is_right else 3)
+        # who is known to be right is held no more
+        assert (trials.held("peer", Kept()) is None) == is_right
+        if not is_right:
+            # what spoke against him was no proof
+            trials.acquit()
+            sinks[:] = [Kept()]
+            await ask(sinks[0])
+            assert sinks[0].data
+
+    trio.run(main)
+
+
+def mismatch(sender: str) -> ChunkMismatch:
+    """All of a chunk came from one, and was wrong."""
+    error = ChunkMismatch("wrong")
+    error.senders = frozenset({sender})
+    return error
 
 
 def test_a_list_that_comes_meanwhile_saves_the_question() -> None:
