@@ -14,11 +14,26 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from tests.support.proxy import BlobAnswer, Proxy
+    from tests.integration.test_peer_faults import Done
+    from tests.support.proxy import BlobAnswer, Proxy, Rewrite
     from tests.support.registry import RegistryServer
 
 COUNT = 96
 TRYING = PeerClientSettings(tried_from=0)
+
+
+def pulled(
+    registry: RegistryServer,
+    root: Path,
+    reference: str,
+    *answers: Rewrite,
+) -> Done:
+    """Pull among peers that try who has a blob; each of them changes its answers so."""
+    with peers(registry, len(answers)) as members:
+        for one, answer in zip(members, answers, strict=True):
+            one.faults = always(answer)
+        addresses = (one.address for one in members)
+        return pulled_among(root, reference, *addresses, settings=TRYING)
 
 
 def test_nothing_of_a_liar_is_used(
@@ -26,13 +41,8 @@ def test_nothing_of_a_liar_is_used(
 ) -> None:
     builder = weights(COUNT * CHUNK)
     builder.push(registry, "trials/liar", "v1")
-    with peers(registry, 4) as (liar, *others):
-        liar.faults = always(lying("all"))
-        for one in others:
-            one.faults = always(honest("all"))
-        addresses = (one.address for one in (liar, *others))
-        reference = f"{home.address}/trials/liar:v1"
-        done = pulled_among(tmp_path / "root", reference, *addresses, settings=TRYING)
+    reference = f"{home.address}/trials/liar:v1"
+    done = pulled(registry, tmp_path / "root", reference, lying("all"), *[honest("all")] * 3)
     assert done.files == files_of(builder)
     assert done.standings.of("peer-0").wrong == 1
     assert not any(done.standings.of(f"peer-{number}").wrong for number in range(1, 4))
@@ -46,12 +56,8 @@ def test_where_all_lie_the_registry_sends_it_once(
 ) -> None:
     builder = weights(COUNT * CHUNK)
     builder.push(registry, "trials/liars", "v1")
-    with peers(registry, 5) as liars:
-        for one in liars:
-            one.faults = always(lying("all"))
-        addresses = (one.address for one in liars)
-        reference = f"{home.address}/trials/liars:v1"
-        done = pulled_among(tmp_path / "root", reference, *addresses, settings=TRYING)
+    reference = f"{home.address}/trials/liars:v1"
+    done = pulled(registry, tmp_path / "root", reference, *[lying("all")] * 5)
     assert done.files == files_of(builder)
     assert [done.standings.of(f"peer-{number}").wrong for number in range(5)] == [1] * 5
     assert "comparing" not in caplog.text
@@ -63,12 +69,8 @@ def test_who_tells_the_truth_is_tried_once(
 ) -> None:
     builder = weights(COUNT * CHUNK)
     builder.push(registry, "trials/honest", "v1")
-    with peers(registry, 3) as three:
-        for one in three:
-            one.faults = always(honest("all"))
-        addresses = (one.address for one in three)
-        reference = f"{home.address}/trials/honest:v1"
-        done = pulled_among(tmp_path / "root", reference, *addresses, settings=TRYING)
+    reference = f"{home.address}/trials/honest:v1"
+    done = pulled(registry, tmp_path / "root", reference, *[honest("all")] * 3)
     assert done.files == files_of(builder)
     assert done.standings.counts["wrong"] == 0
     assert home.counts.total <= 3 * CHUNK
@@ -79,12 +81,8 @@ def test_chunk_digests_save_all_but_the_first_trials(
 ) -> None:
     builder = weights(COUNT * CHUNK)
     reference = indexed(registry, home.address, builder, "trials/indexed")
-    with peers(registry, 2) as two:
-        for one in two:
-            one.faults = always(honest("all"))
-        addresses = (one.address for one in two)
-        sent = home.counts.total
-        done = pulled_among(tmp_path / "root", reference, *addresses, settings=TRYING)
+    sent = home.counts.total
+    done = pulled(registry, tmp_path / "root", reference, *[honest("all")] * 2)
     assert done.files == files_of(builder)
     # the list, which may come after the first bytes
     assert home.counts.total - sent <= 3 * CHUNK
@@ -95,13 +93,9 @@ def test_a_registry_that_does_not_say_keeps_nobody_from_being_used(
 ) -> None:
     builder = weights(COUNT * CHUNK)
     builder.push(registry, "trials/silent", "v1")
-    with peers(registry, 2) as two:
-        for one in two:
-            one.faults = always(honest("all"))
-        addresses = (one.address for one in two)
-        home.faults.ignore_range = True
-        reference = f"{home.address}/trials/silent:v1"
-        done = pulled_among(tmp_path / "root", reference, *addresses, settings=TRYING)
+    home.faults.ignore_range = True
+    reference = f"{home.address}/trials/silent:v1"
+    done = pulled(registry, tmp_path / "root", reference, *[honest("all")] * 2)
     assert done.files == files_of(builder)
     assert done.standings.counts["wrong"] == 0
     assert done.standings.counts["requests"] >= COUNT
@@ -118,12 +112,8 @@ def test_an_answer_that_ends_before_it_could_be_judged_is_not_used(
         answer.body = answer.body[: len(answer.body) // 2]
         return answer
 
-    with peers(registry, 2) as (liar, other):
-        liar.faults = always(short)
-        other.faults = always(honest("all"))
-        addresses = (liar.address, other.address)
-        reference = f"{home.address}/trials/short:v1"
-        done = pulled_among(tmp_path / "root", reference, *addresses, settings=TRYING)
+    reference = f"{home.address}/trials/short:v1"
+    done = pulled(registry, tmp_path / "root", reference, short, honest("all"))
     assert done.files == files_of(builder)
     assert "comparing" not in caplog.text
     assert done.standings.of("peer-1").wrong == 0
