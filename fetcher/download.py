@@ -40,7 +40,7 @@ from fetcher.ranges import Range
 from fetcher.schedule import Piece as ScheduledPiece
 from fetcher.schedule import Urgency
 from fetcher.sources import BlobSources, Choice
-from fetcher.transfers import MOST_URGENT
+from fetcher.transfers import MOST_URGENT, group_of
 from fetcher.transport import LEAST_SPEED, TransferSettings
 
 if TYPE_CHECKING:
@@ -251,15 +251,13 @@ class Download:
         """Chunks of which nobody knows if they are right, where some came from peers."""
         if not self._asks_peers or self._peers is None or not self._peers.has_brought:
             return []
-        return [
-            one for one in range(partial.count) if partial.has(one) and not partial.is_trusted(one)
-        ]
+        return list(filter(partial.is_doubtful, range(partial.count)))
 
     def peer_samples(self, partial: PartialBlob) -> set[int]:
         """Chunks by which peers are found out that sent wrong bytes."""
         if not self._asks_peers or self._peers is None:
             return set()
-        return self._peers.samples(lambda one: partial.has(one) and not partial.is_trusted(one))
+        return self._peers.samples(partial.is_doubtful)
 
     def sent_by_liars(self, wrong: Iterable[int]) -> list[int]:
         """These samples were wrong: all chunks that came from who sent them."""
@@ -699,7 +697,7 @@ class Download:
                 piece = Piece(blob.digest, blob.size, sink.remaining)
                 await slot.fetch(fresh, piece, probe or sink)
 
-            group = f"{source.reference.registry} {host.base}"
+            group = group_of(source.reference, host)
             stopped = await self._transfers.run(group, transfer, turn.demand, self)
             if stopped is None:
                 tries.silent = 0.0

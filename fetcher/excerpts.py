@@ -12,6 +12,7 @@ from fetcher.errors import ModelError
 from fetcher.ranges import Range
 from fetcher.tasks import for_each
 from fetcher.threads import run_stoppable
+from fetcher.transfers import group_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -80,13 +81,8 @@ async def differing(
 
 
 def _read(partial: PartialBlob, part: Range) -> bytes:
-    buffer, done = memoryview(bytearray(len(part))), 0
-    while done < len(part):
-        more = partial.read(part.start + done, buffer[done:])
-        if not more:
-            break
-        done += more
-    return bytes(buffer[:done])
+    buffer = bytearray(len(part))
+    return bytes(buffer[: partial.read_on(part.start, memoryview(buffer))])
 
 
 async def excerpt(
@@ -117,5 +113,5 @@ async def _asked(
     async def transfer(slot: Slot) -> None:
         await slot.fetch(access, Piece(blob.digest, blob.size, wanted), sink)
 
-    await transfers.run(f"{source.reference.registry} {host.base}", transfer)
+    await transfers.run(group_of(source.reference, host), transfer)
     return sink.data if len(sink.data) == len(wanted) else None

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from fetcher.answers import Piece, Sink
+    from fetcher.hosts import Host
+    from fetcher.oci import Reference
     from fetcher.registry import BlobAccess
 
 _SLICE_SECONDS: Final = 5.0
@@ -41,6 +43,11 @@ _MOST_BESIDE: Final = 32
 
 MOST_URGENT: Final = 16
 """Requests that somebody waits for, at one time; the next ones queue."""
+
+
+def group_of(reference: Reference, host: Host) -> str:
+    """Whose slots requests to a host for what is of that reference's registry are."""
+    return f"{reference.registry} {host.base}"
 
 
 @dataclass(eq=False, slots=True)

@@ -164,9 +164,11 @@ class Trials:
 
     def acquit(self) -> None:
         """Those whose chunks were wrong may have been right: what said so is not gone by."""
-        for name, verdict in list(self._settled.items()):
-            if verdict is _Verdict.REFUSED:
-                del self._settled[name]
+        self._settled = {
+            name: verdict
+            for name, verdict in self._settled.items()
+            if verdict is not _Verdict.REFUSED
+        }
 
     def _settle_by(self, name: str, failure: ModelError | Cut | None) -> None:
         """See what becomes of a member by an answer that ended, where its chunk is proven."""

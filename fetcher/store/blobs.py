@@ -418,6 +418,13 @@ class PartialBlob:
                     return read
         return 0
 
+    def read_on(self, offset: int, buffer: memoryview) -> int:
+        """As :meth:`read`, through several chunks: until all is read, or some of it is missing."""
+        done = 0
+        while done < len(buffer) and (more := self.read(offset + done, buffer[done:])):
+            done += more
+        return done
+
     @contextlib.contextmanager
     def _kept_open(self) -> Iterator[bool]:
         """Whether it is open, and then it stays so inside the block."""
@@ -467,6 +474,10 @@ class PartialBlob:
     def is_trusted(self, chunk: int) -> bool:
         """Whether ``chunk`` is there and may be shown before the whole blob was verified."""
         return self._chunks.is_trusted(chunk)
+
+    def is_doubtful(self, chunk: int) -> bool:
+        """Whether the chunk is there, and nobody knows if it is right."""
+        return self.has(chunk) and not self.is_trusted(chunk)
 
     @property
     def is_any_trusted(self) -> bool:
@@ -553,7 +564,7 @@ class PartialBlob:
         For a worker thread, while nobody writes. Raises :class:`ModelError`.
         """
         for number in range(self.count):
-            if self.has(number) and not self.is_trusted(number):
+            if self.is_doubtful(number):
                 self.drop(number)
 
     @contextlib.contextmanager
@@ -600,8 +611,7 @@ class PartialBlob:
     def untrusted_headers(self) -> list[Range]:
         """Of a tar whose headers have all been read: the chunks of them that are not trusted."""
         numbers = sorted({one for piece in self._place.headers() for one in self.chunks(piece)})
-        there = (one for one in numbers if self.has(one) and not self.is_trusted(one))
-        return [self.chunk(one) for one in there]
+        return [self.chunk(one) for one in filter(self.is_doubtful, numbers)]
 
     def write_index(self, _: threading.Event) -> bool:
         """Let readers know what is in a tar, once :meth:`awaited` is None; in a worker thread.

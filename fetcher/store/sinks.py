@@ -96,12 +96,7 @@ class ChunkSink:
     def _compare(self, number: int, chunk: Range, piece: memoryview) -> None:
         """Look whether what is there is what comes; what differs is replaced from here on."""
         found = memoryview(bytearray(len(piece)))
-        read = 0
-        while read < len(piece):
-            more = self._blob.read(self._position + read, found[read:])
-            if not more:
-                break
-            read += more
+        read = self._blob.read_on(self._position, found)
         if read == len(piece) and found == piece:
             return
         self._there, self._framed = False, self._blob.drop(number)
