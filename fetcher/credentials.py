@@ -12,6 +12,7 @@ import binascii
 import fnmatch
 import hashlib
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
@@ -21,11 +22,12 @@ import trio
 
 from fetcher.credential_helper import ask_helper
 from fetcher.errors import InvalidRequest
+from fetcher.glances import Glance
 from fetcher.oci import HUB_HOSTS
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fetcher.oci import Reference
 
@@ -162,44 +164,40 @@ def docker_config_path(environment: Mapping[str, str]) -> Path:
 class DockerConfig:
     """The node's docker config: ``auths``, ``credHelpers``, ``credsStore``.
 
-    Read again when the file changes. A file that is not there has no credentials; one that cannot
-    be read is reported once per change and has none either, as volumes must not fail for it that
-    need no credentials.
+    Looked at once a second, and read again when it changes. A file that is not there has no
+    credentials; one that cannot be read is reported once per change and has none either, as volumes
+    must not fail for it that need no credentials.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
-        self._version: tuple[int, ...] | None = None
-        self._document = _ConfigDocument()
-        self._auths: Mapping[str, Credentials] = {}
+        self._file: Glance[_DockerFile] = Glance(self._look, clock)
 
     async def lookup(self, registry: str, repository: str) -> Credentials | None:
         """The helper named for this registry, else the file's entry, else the credential store."""
-        await self._refresh()
-        helper = match(self._document.cred_helpers, registry, repository)
+        file = await self._file.seen()
+        helper = match(file.document.cred_helpers, registry, repository)
         if helper is not None:
             found = await _from_helper(helper, registry)
             if found is not None:
                 return found
-        inline = match(self._auths, registry, repository)
-        if inline is None and self._document.creds_store:
-            return await _from_helper(self._document.creds_store, registry)
+        inline = match(file.auths, registry, repository)
+        if inline is None and file.document.creds_store:
+            return await _from_helper(file.document.creds_store, registry)
         return inline
 
-    async def _refresh(self) -> None:
+    async def _look(self, known: _DockerFile | None) -> _DockerFile:
         try:
             status = await trio.to_thread.run_sync(self._path.stat)
         except FileNotFoundError:
-            self._adopt(None, _ConfigDocument(), {})
-            return
+            return _DockerFile()
         except OSError as error:
             log.warning("cannot read the docker config %s: %s", self._path, error.strerror)
-            self._adopt(None, _ConfigDocument(), {})
-            return
-        if _version(status) != self._version:
-            await self._reload(_version(status))
+            return _DockerFile()
+        version = _version(status)
+        return known if known and known.version == version else await self._load(version)
 
-    async def _reload(self, version: tuple[int, ...]) -> None:
+    async def _load(self, version: tuple[int, ...]) -> _DockerFile:
         document, auths = _ConfigDocument(), dict[str, Credentials]()
         try:
             text = await trio.to_thread.run_sync(_read_bounded, self._path)
@@ -209,15 +207,7 @@ class DockerConfig:
             log.warning("cannot read the docker config %s: %s", self._path, error.strerror)
         except InvalidRequest as error:
             log.warning("ignoring the node's docker config: %s", error.message)
-        self._adopt(version, document, auths)
-
-    def _adopt(
-        self,
-        version: tuple[int, ...] | None,
-        document: _ConfigDocument,
-        auths: Mapping[str, Credentials],
-    ) -> None:
-        self._version, self._document, self._auths = version, document, auths
+        return _DockerFile(version, document, auths)
 
 
 async def fingerprint(shown: Sequence[Credentials | None], salt: bytes) -> str:
@@ -316,6 +306,15 @@ class _ConfigDocument(msgspec.Struct, rename="camel"):
     auths: dict[str, _AuthDocument] = {}
     cred_helpers: dict[str, str] = {}
     creds_store: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _DockerFile:
+    """What was read of the node's docker config, and from which state of it."""
+
+    version: tuple[int, ...] | None = None
+    document: _ConfigDocument = field(default_factory=_ConfigDocument)
+    auths: Mapping[str, Credentials] = field(default_factory=dict, repr=False)
 
 
 def _decode(text: str | bytes, where: str) -> _ConfigDocument:

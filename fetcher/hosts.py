@@ -9,9 +9,11 @@ images and models; where this program does otherwise, ``docs/configuration.md`` 
 
 from __future__ import annotations
 
+import functools
 import logging
 import posixpath
 import re
+import time
 import tomllib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -21,10 +23,11 @@ import trio
 
 from fetcher.addresses import is_named
 from fetcher.exchange import endpoint, endpoint_host
+from fetcher.glances import Glance
 from fetcher.trust import Trust
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from fetcher.exchange import RegistrySettings
@@ -116,24 +119,32 @@ class _Folder:
 class Hosts:
     """The hosts of every registry, read again when a file changed. Belongs to the trio thread."""
 
-    def __init__(self, settings: RegistrySettings) -> None:
+    def __init__(
+        self, settings: RegistrySettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._settings = settings
-        self._known: dict[str, _Folder] = {}
+        self._clock = clock
+        self._known: dict[str, Glance[_Folder]] = {}
 
     async def lookup(self, registry: str) -> HostSet:
-        """The hosts for ``registry``.
+        """The hosts for ``registry``, as the files had them at most a second ago.
 
         A file that cannot be used is logged, once for each of its states, and the registry itself
         is asked then: an administrator's mistake must not keep pods from starting.
         """
-        settings, known = self._settings, self._known.get(registry)
-        if settings.hosts_dir is None:
-            return HostSet(itself(registry, settings))
-        folder = await trio.to_thread.run_sync(_look, settings, settings.hosts_dir, registry, known)
-        self._known[registry] = folder
-        while len(self._known) > _MAX_KNOWN:
-            del self._known[next(iter(self._known))]
-        return folder.found
+        root = self._settings.hosts_dir
+        if root is None:
+            return HostSet(itself(registry, self._settings))
+        known = self._known.get(registry)
+        if known is None:
+            look = functools.partial(self._look, root, registry)
+            known = self._known[registry] = Glance(look, self._clock)
+            while len(self._known) > _MAX_KNOWN:
+                del self._known[next(iter(self._known))]
+        return (await known.seen()).found
+
+    async def _look(self, root: Path, registry: str, known: _Folder | None) -> _Folder:
+        return await trio.to_thread.run_sync(_look, self._settings, root, registry, known)
 
 
 def itself(registry: str, settings: RegistrySettings) -> Host:

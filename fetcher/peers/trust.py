@@ -12,12 +12,15 @@ import hmac
 import logging
 import os
 import ssl
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fetcher.errors import InvalidRequest
+from fetcher.glances import GLANCE_SECONDS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 logger: Final = logging.getLogger(__name__)
@@ -63,39 +66,50 @@ class PeerToken:
     """The shared token, one a line: the first is shown, and each is accepted.
 
     So it is rotated without a gap: add the new one below the old one everywhere, swap them, remove
-    the old one. A file that cannot be used any more leaves the tokens as they were.
+    the old one. The file is looked at once a second; one that cannot be used any more leaves the
+    tokens as they were.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises :class:`InvalidRequest` for a file that cannot be used."""
         self._path = path
+        self._clock = clock
         self._version = _version(path)
-        self._tokens = _read_tokens(path)
+        self._adopt(_read_tokens(path))
+        self._look_at = clock() + GLANCE_SECONDS
 
     @property
     def shown(self) -> str:
         """What this node shows to others."""
         self._refresh()
-        return self._tokens[0]
+        return self._shown
 
     def accepts(self, shown: str) -> bool:
         """Whether this is one of the tokens; takes the same time whatever is shown."""
         self._refresh()
         given = _hash(shown)
-        same = [hmac.compare_digest(given, _hash(token)) for token in self._tokens]
+        same = [hmac.compare_digest(given, one) for one in self._accepted]
         return any(same)
 
     def _refresh(self) -> None:
+        now = self._clock()
+        if now < self._look_at:
+            return
+        self._look_at = now + GLANCE_SECONDS
         version = _version(self._path)
         if version == self._version:
             return
         self._version = version
         try:
-            self._tokens = _read_tokens(self._path)
+            self._adopt(_read_tokens(self._path))
         except InvalidRequest as error:
             logger.error("%s; the tokens from before stay in use", error.message)
         else:
             logger.info("the peers' tokens were read again from %s", self._path)
+
+    def _adopt(self, tokens: tuple[str, ...]) -> None:
+        self._shown = tokens[0]
+        self._accepted = tuple(map(_hash, tokens))
 
 
 def _hash(token: str) -> bytes:

@@ -16,12 +16,14 @@ from csi.config import Config
 from csi.peering import peer_client
 from fetcher.credentials import Credentials
 from fetcher.errors import AccessDenied, InvalidRequest, Unavailable
+from fetcher.glances import GLANCE_SECONDS
 from fetcher.oci import Digest, Reference
 from fetcher.peers.access import Asker, Rights
 from fetcher.peers.trust import PeerFiles, PeerTls, PeerToken
 from fetcher.policy import PullPolicy
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.transport import TransferSettings
+from tests.support.clocks import HandClock
 from tests.support.faulty_registry import FaultyRegistry, Reply
 from tests.support.keychains import Everywhere
 from tests.support.peer_server import TOKEN, OwnsAll, Setup, peer_node
@@ -81,7 +83,8 @@ def test_the_token_changes_without_a_gap(tmp_path: Path) -> None:
     """Old and new are accepted for as long as both are in the file."""
     file = tmp_path / "tokens"
     file.write_text(f"{TOKEN}\n")
-    token = PeerToken(file)
+    clock = HandClock()
+    token = PeerToken(file, clock)
     steps = [
         (f"{TOKEN}\n{OTHER_TOKEN}\n", TOKEN, {TOKEN, OTHER_TOKEN}),
         (f"{OTHER_TOKEN}\n{TOKEN}\n", OTHER_TOKEN, {TOKEN, OTHER_TOKEN}),
@@ -93,10 +96,14 @@ def test_the_token_changes_without_a_gap(tmp_path: Path) -> None:
     for number, (content, shown, accepted) in enumerate(steps):
         fresh = tmp_path / f"tokens-{number}"
         fresh.write_text(content)
+        before = token.shown
         fresh.replace(file)
+        assert token.shown == before
+        clock.pass_by(GLANCE_SECONDS)
         assert token.shown == shown
         assert {one for one in (TOKEN, OTHER_TOKEN) if token.accepts(one)} == accepted
     file.unlink()
+    clock.pass_by(GLANCE_SECONDS)
     assert token.accepts(OTHER_TOKEN)
 
 

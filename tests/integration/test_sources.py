@@ -279,6 +279,7 @@ def test_a_mirror_without_ranges_is_asked_once_for_the_whole_and_then_by_no_rang
             if number == 2:
                 text = mirrors_toml(mirror.address, second.address)
                 write_hosts(tmp_path / "certs.d", home.address, text)
+                await _has_mirrors(node, f"{home.address}/mirrored/whole:v2", 2)
             tree = await node.pull(f"{home.address}/mirrored/whole:v{number}")
             assert shown(tree) == models[number][1]
 
@@ -289,6 +290,13 @@ def test_a_mirror_without_ranges_is_asked_once_for_the_whole_and_then_by_no_rang
     # a mirror that knows ranges is worth more than one that does not, wherever it stands
     assert second.counts.total == size
     assert f"bytes=0-{size - 1}" not in second.counts.ranges
+
+
+async def _has_mirrors(node: Node, reference: str, count: int) -> None:
+    """Wait until a changed file is taken up, which needs no restart."""
+    named = Reference.parse(reference)
+    while len((await node.registry.hosts(named)).mirrors) != count:  # noqa: ASYNC110 - a file
+        await trio.sleep(0.05)
 
 
 # The registry away

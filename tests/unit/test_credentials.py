@@ -29,6 +29,8 @@ from fetcher.credentials import (
     match,
 )
 from fetcher.errors import InvalidRequest
+from fetcher.glances import GLANCE_SECONDS
+from tests.support.clocks import HandClock
 from tests.support.commands import wait_until
 
 if TYPE_CHECKING:
@@ -212,22 +214,29 @@ def test_the_nodes_config_is_read_again_when_it_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "config.json"
-    keychain = DockerConfig(path)
-    assert lookup(keychain, "ghcr.io") is None
+    clock = HandClock()
+    keychain = DockerConfig(path, clock)
+
+    def lookup_later() -> Credentials | None:
+        clock.pass_by(GLANCE_SECONDS)
+        return lookup(keychain, "ghcr.io")
+
+    assert lookup_later() is None
     path.write_text(json.dumps({"auths": {"ghcr.io": entry("one")}}))
-    assert lookup(keychain, "ghcr.io") == Credentials("one", SECRET)
+    assert lookup_later() == Credentials("one", SECRET)
     fresh = tmp_path / "fresh.json"
     fresh.write_text(json.dumps({"auths": {"ghcr.io": entry("two")}}))
     os.replace(fresh, path)
-    assert lookup(keychain, "ghcr.io") == Credentials("two", SECRET)
+    assert lookup(keychain, "ghcr.io") == Credentials("one", SECRET)
+    assert lookup_later() == Credentials("two", SECRET)
     path.write_text(f"{{{SECRET}")
-    assert lookup(keychain, "ghcr.io") is None
-    assert lookup(keychain, "ghcr.io") is None
+    assert lookup_later() is None
+    assert lookup_later() is None
     assert len(caplog.records) == 1
     assert str(path) in caplog.text
     assert SECRET not in caplog.text
     path.unlink()
-    assert lookup(keychain, "ghcr.io") is None
+    assert lookup_later() is None
 
 
 @pytest.fixture

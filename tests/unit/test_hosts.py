@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fetcher.exchange import RegistrySettings
+from fetcher.glances import GLANCE_SECONDS
 from fetcher.hosts import Host, Hosts, HostSet, parse_hosts
+from tests.support.clocks import HandClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -308,8 +310,10 @@ def test_a_root_that_may_not_be_read_is_told_once(
     name = "x" * 300  # no file system has such a name: neither there nor absent
 
     async def main() -> None:
-        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path))
+        clock = HandClock()
+        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path), clock)
         for _ in range(3):
+            clock.pass_by(GLANCE_SECONDS)
             found = await hosts.lookup(name)
             assert found.server.netloc == name
 
@@ -347,16 +351,23 @@ def _replace(file: Path) -> None:
 
 @pytest.mark.parametrize("change", [_rewrite, _replace])
 def test_a_file_that_changed_is_read_again(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """Within a second: a pull looks a hundred times for the same."""
     file = write(tmp_path, "ghcr.io", '[host."http://first-one"]')
+    clock = HandClock()
 
     async def main() -> None:
-        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path))
+        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path), clock)
         first = await hosts.lookup("ghcr.io")
         assert [one.netloc for one in first.mirrors] == ["first-one"]
+        clock.pass_by(GLANCE_SECONDS)
         assert await hosts.lookup("ghcr.io") is first
         change(file)
+        assert await hosts.lookup("ghcr.io") is first
+        assert (await hosts.lookup("quay.io")).mirrors == ()
+        clock.pass_by(GLANCE_SECONDS)
         assert [one.netloc for one in (await hosts.lookup("ghcr.io")).mirrors] == ["second"]
         file.unlink()
+        clock.pass_by(GLANCE_SECONDS)
         assert (await hosts.lookup("ghcr.io")).mirrors == ()
 
     trio.run(main)
@@ -374,8 +385,10 @@ def test_a_broken_file_is_told_once_and_the_registry_asked(
         file.write_bytes(content)
 
     async def main() -> None:
-        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path))
+        clock = HandClock()
+        hosts = Hosts(RegistrySettings(hosts_dir=tmp_path), clock)
         for _ in range(3):
+            clock.pass_by(GLANCE_SECONDS)
             assert (await hosts.lookup("ghcr.io")).server.base == "https://ghcr.io/v2"
 
     with caplog.at_level(logging.ERROR):
