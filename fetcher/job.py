@@ -60,6 +60,8 @@ class Job:
         """Of everybody who asked, by the model's name; those that failed come to the end."""
         self.fresh = False
         """Whether nothing of the blob was there when it began."""
+        self.is_pulled = False
+        """Whether a pull waits for it, whose model's name has to have all blobs of that."""
         self._failed: set[str] = set()
         """The names of sources that are of no use, until somebody offers one anew."""
         self.previous = previous
@@ -118,10 +120,12 @@ class Job:
         return self._sources.get(self.trusted_name)
 
     @property
-    def only_name(self) -> str | None:
-        """The name below which all of the blob was fetched; None where it may have been others."""
+    def proven_name(self) -> str | None:
+        """The name below which all of the blob was had, where a pull wants that recorded; None
+        where bytes may have come by several names.
+        """
         [name, *others] = self._sources
-        return name if self.fresh and not others else None
+        return name if self.is_pulled and self.fresh and not others else None
 
     def offer(self, source: Source) -> None:
         """Fetch from there too: with newer credentials for a name that is known, as they expire,

@@ -168,7 +168,7 @@ class Jobs:
                 await run_stoppable(partial.finish)
                 partial.conclude(Verdict.VERIFIED)
                 download.judge_peers(hearsay_is_right=True)
-                self._store.complete_blob(job.layer)
+                self._store.complete_blob(job.layer, job.proven_name)
             elif outcome.ending is Ending.WRONG and self._is_shown(partial):
                 partial.conclude(Verdict.SPOILED)
                 return Outcome(Ending.SPOILED)

@@ -3,7 +3,8 @@
 The store keeps each blob once, whoever brought it, and a manifest is easily written that lists
 somebody else's blob. So a layer counts for a name only if it was fetched through that name, or if
 the registry of that name said that it has the blob and that the asker may read it. Either is
-recorded: nobody is asked twice.
+recorded: nobody is asked twice. The first is recorded together with the blob, where a pull wants it
+(:attr:`fetcher.job.Job.proven_name`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fetcher.credentials import Keychain
-    from fetcher.jobs import Job
     from fetcher.oci import Digest, Reference
     from fetcher.registry import Registry
     from fetcher.store.catalog import Catalog
@@ -30,12 +30,6 @@ class Proofs:
     def __init__(self, catalog: Catalog, registry: Registry) -> None:
         self._catalog = catalog
         self._registry = registry
-
-    def fetched(self, job: Job, blob: Digest) -> None:
-        """Record what a job that is complete proves: nothing where several names brought bytes."""
-        name = job.only_name
-        if name is not None and not self._catalog.is_proven(name, blob):
-            self._catalog.add_proof(name, blob)
 
     async def prove(
         self, reference: Reference, blobs: Iterable[Digest], keychain: Keychain

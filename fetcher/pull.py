@@ -438,8 +438,8 @@ class Pulls:
             for source in others:
                 job.offer(source)
             pull.jobs[digest] = job
+            job.is_pulled = True
             await job.wait()
             if job.partial is not None and job.partial.made is not None:
                 pull.made[digest] = job.partial.made
-            self.proofs.fetched(job, digest)
             await self.layouts.lay_out(layer)

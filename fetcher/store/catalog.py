@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from fetcher.oci import Reference
     from fetcher.store.database import Database
 
+RISKED_BYTES: Final = 64 * 1024 * 1024
+"""Of complete blobs, as long as what says that they are complete is not sure to be on the disk."""
+
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS blobs (
     digest TEXT PRIMARY KEY, size INTEGER NOT NULL, completed REAL NOT NULL) STRICT;
@@ -59,6 +62,8 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._hurried = 0
+        """Bytes of blobs whose records may be taken by a power loss."""
         database.connection.executescript(_TABLES)
         found = database.connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'proofs'")
         if found.fetchone() is None:
@@ -84,12 +89,24 @@ class Catalog:
             (salt,) = connection.execute("SELECT value FROM settings WHERE key = 'salt'").fetchone()
         return bytes(salt)
 
-    def add_blob(self, digest: Digest, size: int) -> None:
-        """Record that a blob was verified and synchronised."""
-        with self._database.transaction() as connection:
+    def add_blob(self, digest: Digest, size: int, name: str | None = None) -> None:
+        """Record that a blob was verified and synchronised, and that it was seen to be had below
+        ``name``, if that is given.
+
+        A power loss may take what was recorded last, of blobs of less than ``RISKED_BYTES`` in all:
+        they are fetched again then.
+        """
+        self._hurried += size
+        if self._hurried < RISKED_BYTES:
+            transaction = self._database.quick_transaction
+        else:
+            transaction, self._hurried = self._database.transaction, 0
+        with transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?)", (str(digest), size, time.time())
             )
+            if name is not None:
+                _add_proof(connection, name, digest)
 
     def has_blob(self, digest: Digest, size: int) -> bool:
         """Whether a blob is complete, by the records."""
@@ -282,9 +299,14 @@ class Catalog:
     def add_proof(self, name: str, blob: Digest) -> None:
         """Record that a blob was seen to be had below a name."""
         with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT OR IGNORE INTO proofs VALUES (?, ?, ?)", (name, str(blob), time.time())
-            )
+            _add_proof(connection, name, blob)
+
+    def add_fetched(self, name: str, blob: Digest) -> None:
+        """As :meth:`add_proof`, of a blob that was just fetched, for a model that is recorded next:
+        durable by then.
+        """
+        with self._database.quick_transaction() as connection:
+            _add_proof(connection, name, blob)
 
     def is_proven(self, name: str, blob: Digest) -> bool:
         """Whether a blob was ever seen to be had below a name."""
@@ -309,6 +331,12 @@ class Catalog:
             return None
         manifest = parse_manifest(row[2], row[1])
         return manifest if isinstance(manifest, Manifest) else None
+
+
+def _add_proof(connection: sqlite3.Connection, name: str, blob: Digest) -> None:
+    connection.execute(
+        "INSERT OR IGNORE INTO proofs VALUES (?, ?, ?)", (name, str(blob), time.time())
+    )
 
 
 def forget_model(connection: sqlite3.Connection, digest: Digest) -> None:

@@ -125,6 +125,9 @@ class ChunkMap:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._lock = threading.Lock()
         """Held while a state is changed that another thread may change too."""
+        self._is_blank = False
+        """The file was made by this process, and no chunk was begun in it: no power loss can bring
+        back a state of it in which something is trusted."""
         try:
             self.size = size
             kept = self._read(form)
@@ -139,6 +142,7 @@ class ChunkMap:
     def _read(self, form: int) -> int | None:
         """Take over what the file says; the chunk size, None where it is no use."""
         content = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        self._is_blank = not content
         if len(content) < HEADER_BYTES:
             return None
         magic, size, chunk_size, boot, found = _HEADER.unpack_from(content)
@@ -222,6 +226,7 @@ class ChunkMap:
         os.fsync(self._file)
 
     def _set(self, chunk: int, state: int) -> None:
+        self._is_blank = False
         # the file first: who is told that a chunk is there may read the map in another process
         os.pwrite(self._file, state.to_bytes(1, "little"), HEADER_BYTES + chunk)
         self._states[chunk] = state
@@ -234,15 +239,18 @@ class ChunkMap:
         """
         if self.is_for(name):
             return
-        wanted = name_mark(name)
+        if not self._is_blank:
+            self._distrust()
+        self._name = name_mark(name)
+        os.pwrite(self._file, self._name, HEADER_BYTES + self.count * (1 + _FILL.size))
+
+    def _distrust(self) -> None:
         with self._lock:
             self._states = bytearray(self._states.translate(_WITHOUT_TRUST))
             self._fills = [fill & ~_TRUSTED_FILL for fill in self._fills]
             fills = b"".join(map(_FILL.pack, self._fills))
             os.pwrite(self._file, self._states + fills, HEADER_BYTES)
         os.fsync(self._file)
-        self._name = wanted
-        os.pwrite(self._file, wanted, HEADER_BYTES + self.count * (1 + _FILL.size))
 
     def is_for(self, name: str) -> bool:
         """Whether trusted chunks are those that came by ``name``."""
@@ -257,6 +265,7 @@ class ChunkMap:
 
         Raises :class:`OSError`.
         """
+        self._is_blank = False
         value = fill | (_FRAMED_FILL if framed else 0) | (_TRUSTED_FILL if trusted else 0)
         self._fills[chunk] = value
         offset = HEADER_BYTES + self.count + chunk * _FILL.size

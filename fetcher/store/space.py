@@ -149,6 +149,8 @@ class Space:
 
     def _end(self, names: Iterable[str]) -> None:
         ended = list(names)
+        if not ended:
+            return
         for name in ended:
             del self._holders[name]
             self._claimed.discard(name)

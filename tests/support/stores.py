@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -30,7 +32,6 @@ from tests.support.models import ModelBuilder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-    from pathlib import Path
 
     from fetcher.modelpack import Layer
     from fetcher.peers.client import PeerClient
@@ -82,15 +83,15 @@ def weights(*sizes: int) -> ModelBuilder:
     return builder
 
 
-def put_content(store: Store, layer: Layer, data: bytes) -> None:
-    """Fill and complete a layer's blob, as a job does."""
+def put_content(store: Store, layer: Layer, data: bytes, name: str | None = None) -> None:
+    """Fill and complete a layer's blob, as a job does that has had it all by ``name``."""
     partial = store.open_partial(layer)
     if data:
         partial.sink(Range(0, len(data)))(data)
     assert partial.verify(STILL)
     partial.finish(STILL)
     partial.close()
-    store.complete_blob(layer)
+    store.complete_blob(layer, name)
 
 
 async def put_model(
@@ -192,17 +193,48 @@ def disk_bytes(folder: Path) -> int:
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """An ext4 of its own of ``size`` bytes, mounted at ``folder``, gone afterwards."""
-    image = folder.with_name(folder.name + ".img")
+    image = _image(folder)
     with image.open("wb") as file:
         file.truncate(size)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
-    folder.mkdir()
-    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True)
-    try:
+    with _mounted(folder):
         yield folder
+
+
+@contextlib.contextmanager
+def after_power_loss(disk: Path, folder: Path) -> Iterator[Path]:
+    """What would be left of a small disk if the power were lost now, mounted at ``folder``.
+
+    What the kernel has in its memory alone, and would have written at some time, is not.
+    """
+    shutil.copyfile(_image(disk), _image(folder))
+    with _mounted(folder):
+        yield folder
+
+
+def _image(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".img")
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    # the kernel writes nothing on its own account for as long as a test takes
+    options = "loop,commit=600"
+    subprocess.run(["mount", "-o", options, str(_image(folder)), str(folder)], check=True)
+    try:
+        yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-        image.unlink()
+        folder.rmdir()
+        _image(folder).unlink()
+
+
+def flushes(disk: Path) -> int:
+    """How often somebody has waited until a small disk had everything."""
+    device = disk.stat().st_dev
+    stat = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+    return int(stat.read_text().split()[15])
 
 
 def fill(filler: Path) -> None:
