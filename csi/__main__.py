@@ -39,6 +39,7 @@ from fetcher.proxies import Proxies
 from fetcher.pull import Pulls, PullSettings
 from fetcher.registry import Registry, RegistrySettings
 from fetcher.store import Limits, Store
+from fetcher.threads import kept_threads
 from fetcher.transport import TransferSettings
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ _CLOSE_SECONDS: Final = 5.0
 _START_SECONDS: Final = 3.0
 """How long a lazy model's worker may take to start, before filling goes on without it."""
 _BLOBS_AMONG_PEERS: Final = 32
+_KEPT_THREADS: Final = 24
+"""What a pull among peers has at work at one time; each takes some 15 KiB while it waits."""
 
 
 @dataclass(frozen=True)
@@ -274,9 +277,11 @@ async def serve(config: Config) -> None:
     from csi.server import Server
 
     async with take_over(config.root, lambda: compose(config, "serve"), Patience()) as node:
+        threads = 0
         if config.mode != "controller":
             await node.volumes.reconcile()
-        with listening(config.root) as listener:
+            threads = _KEPT_THREADS
+        with listening(config.root) as listener, kept_threads(threads):
             async with trio.open_nursery() as nursery:
                 sessions = LazySessions(node.models)
                 agent = AgentServer(node.calls, hand_over=None, sessions=sessions)
