@@ -135,7 +135,7 @@ class Job:
         self._failed.discard(name)
         self._sources[name] = source
         known = source.chunks
-        if known is None or self._contradicted:
+        if known is None or self._contradicted or self.complete:
             return
         if self.chunks is None or (self.chunks.is_hearsay and not known.is_hearsay):
             self._take_chunks(known)

@@ -169,6 +169,9 @@ class Jobs:
                 partial.conclude(Verdict.VERIFIED)
                 download.judge_peers(hearsay_is_right=True)
                 self._store.complete_blob(job.layer, job.proven_name)
+                job.complete = True
+                # in a thread, as the disk may be busy: with its last descriptor the map goes
+                await run_stoppable(lambda _: partial.close())
             elif outcome.ending is Ending.WRONG and self._is_shown(partial):
                 partial.conclude(Verdict.SPOILED)
                 return Outcome(Ending.SPOILED)

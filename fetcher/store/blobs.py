@@ -672,8 +672,13 @@ class PartialBlob:
         return self._closed
 
     def close(self) -> None:
-        """Release its descriptors, once nobody reads; what is there stays."""
+        """Release its descriptors, once nobody reads; what is there stays. Again, it does nothing.
+
+        From any thread, if nobody else closes it meanwhile.
+        """
         with self._arrival:
+            if self._closed:
+                return
             self._closed = True
             self._arrival.wait_for(lambda: not self._readers)
         self._place.close()

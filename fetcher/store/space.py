@@ -182,6 +182,8 @@ class Space:
         # what was evicted since somebody looked is none of ours any more
         recorded = self.holdings.get(measured.keys() - worked_on)
         idle = {name: measured[name] for name in recorded}
+        if not idle:
+            return
         with contextlib.suppress(NoSpace):
             # the records keep what they have, which is more, until the disk takes better ones
             self.holdings.settle(idle)

@@ -231,6 +231,32 @@ def test_a_list_that_comes_late_and_lies_costs_no_pull(
     assert home.counts.total <= 2 * 12 * CHUNK
 
 
+def test_a_list_that_comes_when_all_is_there_changes_nothing(
+    registry: RegistryServer, home: Proxy, tmp_path: Path
+) -> None:
+    builder = weights(12 * CHUNK)
+    data = blob_of(builder)
+    builder.push(registry, "late/over", "v1")
+    reference = Reference.parse(f"{home.address}/late/over:v1").with_digest(builder.digest)
+    layer = read_model(builder.manifest()).layers[0]
+    lie = chunks_of(os.urandom(len(data)), digest=layer.descriptor.digest)
+    heard = replace(_known(chunks_of(data), reference), is_hearsay=True)
+
+    async def main() -> None:
+        async with node_parts(tmp_path, NO_FLOOR) as node:
+            first = Source(reference, NOBODY, heard)
+            with trio.fail_after(20), node.jobs.join(layer, first) as job:
+                await job.wait()
+                job.offer(Source(reference, NOBODY, _known(lie, reference)))
+            assert job.chunks is heard
+            assert job.partial is not None
+            assert job.partial.is_closed
+            assert job.partial.done == len(data)
+
+    trio.run(main)
+    assert home.counts.total == len(data)
+
+
 # -- one pull --------------------------------------------------------------------------------------
 
 

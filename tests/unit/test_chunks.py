@@ -241,3 +241,13 @@ def test_verification_follows_the_arriving_bytes_and_stops_when_told(tmp_path: P
     assert len(outcome) == 1
     assert isinstance(outcome[0], Stopped)
     blob.close()
+
+
+def test_closing_again_closes_nothing_else(tmp_path: Path) -> None:
+    blob = _blob(tmp_path, b"x" * CHUNK)
+    blob.close()
+    # they get the numbers that the blob's descriptors had
+    others = [os.open(tmp_path, os.O_RDONLY) for _ in range(4)]
+    blob.close()
+    for other in others:
+        os.close(other)
