@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from fetcher.store.footprint import TRASH
 
 if TYPE_CHECKING:
@@ -65,13 +67,14 @@ class Holdings:
 
     def get(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes of those of ``names`` that are recorded."""
-        execute = self._database.connection.execute
-        found = {}
-        for name in names:
-            row = execute("SELECT bytes FROM holdings WHERE name = ?", (name,)).fetchone()
-            if row is not None:
-                found[name] = int(row[0])
-        return found
+        # in one step, and with one row: at each of them other threads may take their turn, and this
+        # is asked of all that is worked on, for each part that is fetched for others
+        (found,) = self._database.connection.execute(
+            "SELECT json_group_object(name, bytes) FROM json_each(?) "
+            "CROSS JOIN holdings ON name = value",
+            (msgspec.json.encode(list(names)).decode(),),
+        ).fetchone()
+        return msgspec.json.decode(found, type=dict[str, int])
 
     def below(self, kind: str) -> list[Holding]:
         """All below ``blobs``, ``models`` or ``trash``."""
