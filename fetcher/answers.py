@@ -106,7 +106,7 @@ class BlobExchange:
         """An answer has begun; the one before, if any, was broken off."""
         self._status, self._headers = head.status, head.headers
         if self.location is None and self._access.on_answer is not None:
-            self._access.on_answer(head.status, head.headers)
+            self._access.on_answer(head)
 
     def take(self, data: memoryview) -> bool:
         """The next bytes of the answer; false if the rest of it is of no use.

@@ -32,13 +32,14 @@ from fetcher.routes import MAX_REDIRECTS, Hop
 from fetcher.sources import Health
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable
 
     from fetcher.credentials import Credentials, Keychain
     from fetcher.exchange import Answer
     from fetcher.hosts import Host, HostSet
     from fetcher.oci import Reference
     from fetcher.routes import Route
+    from fetcher.wire import Head
 
 __all__ = ["BlobAccess", "Registry", "RegistrySettings"]
 
@@ -86,7 +87,7 @@ class BlobAccess:
     """Seconds, where this host gets less time than others."""
     redirects: int = MAX_REDIRECTS
     """How many are followed."""
-    on_answer: Callable[[int, Mapping[str, str]], None] | None = None
+    on_answer: Callable[[Head], None] | None = None
     """Told of the status and the headers, their names in lower case, of every answer that is no
     redirect, before its body: in the thread that fetches.
     """

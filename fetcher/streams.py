@@ -58,11 +58,15 @@ class Watch:
         self._waited += time.monotonic() - started
         return result
 
+    def renew(self) -> None:
+        """The other side has said that it is about to answer: wait for it as at first."""
+        self._got, self._waited = 0, 0.0
+
     def got(self, count: int) -> None:
         """So many bytes came."""
         self._got += count
         if self._got >= self._renewed_by:
-            self._got, self._waited = 0, 0.0
+            self.renew()
 
 
 class Stream(Protocol):

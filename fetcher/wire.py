@@ -21,6 +21,8 @@ _HEAD_BYTES: Final = 16 * 1024
 _GATHER_BYTES: Final = 256 * 1024
 """So many bytes are waited for, for a moment: each write costs Python some microseconds."""
 MAX_HEADER_BYTES: Final = 64 * 1024
+_MOST_INTERIM: Final = 32
+"""Interim answers that are a reason to wait on: who sends them is there, but may have no end."""
 
 
 class TooLong(h11.RemoteProtocolError):
@@ -37,6 +39,8 @@ class Head:
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
+    interim: int = 0
+    """Interim answers that came before it: so often it was said that it is still to come."""
 
 
 class Wire:
@@ -73,12 +77,16 @@ class Wire:
     def head(self, watch: Watch) -> Head:
         """The beginning of the answer. Raises :class:`Hung` if there is none."""
         buffer = memoryview(bytearray(_HEAD_BYTES))
+        interim = 0
         while True:
             event = self._http.next_event()
             if isinstance(event, h11.Response):
-                return self._begin(event)
+                return self._begin(event, interim)
             if event is not h11.NEED_DATA:
-                # an interim answer
+                # an interim answer: it says that the other side waits for something itself
+                interim += 1
+                if interim <= _MOST_INTERIM:
+                    watch.renew()
                 continue
             count = self._stream.read(buffer, watch)
             if not count and not self._head_bytes:
@@ -93,7 +101,7 @@ class Wire:
         """Whether any byte of the present answer came."""
         return self._head_bytes > 0
 
-    def _begin(self, answer: h11.Response) -> Head:
+    def _begin(self, answer: h11.Response, interim: int) -> Head:
         headers = {
             name.decode("ascii"): value.decode("iso-8859-1") for name, value in answer.headers
         }
@@ -112,7 +120,7 @@ class Wire:
             and "close" not in _tokens(headers.get("connection", ""))
             and (self._chunked or self._left is not None)
         )
-        return Head(answer.status_code, headers)
+        return Head(answer.status_code, headers, interim)
 
     def read(self, buffer: memoryview, watch: Watch) -> memoryview:
         """The next bytes of the body, in ``buffer`` or elsewhere; none at its end.

@@ -50,6 +50,9 @@ class Ownership(Protocol):
     def asked(self, blob: Digest) -> None:
         """A member wants some of a blob that this node is to fetch for all."""
 
+    def is_fetching(self) -> bool:
+        """Whether bytes of what this node is to fetch for all came a moment ago."""
+
 
 class OwnsNothing:
     """The ownership of a node without members."""
@@ -59,6 +62,9 @@ class OwnsNothing:
 
     def asked(self, blob: Digest) -> None:
         """Nothing follows from it."""
+
+    def is_fetching(self) -> bool:
+        return False
 
 
 class Allowing(Protocol):
@@ -234,7 +240,13 @@ class Blobs:
         self, connection: HttpConnection, wish: _Wish, passing: Passing, left: list[int]
     ) -> None:
         """Answer with a part, as soon as its first byte is there, and as it arrives."""
-        found = await passing.begun()
+
+        async def put_off() -> None:
+            # a member that hears nothing turns to the registry, though what it wants is on its way
+            if wish.asked.member and self._ownership.is_fetching():
+                await connection.put_off()
+
+        found = await passing.begun(put_off)
         headers = self._headers(wish, found, as_whole=wish.is_whole)
         await connection.begin(200 if wish.is_whole else 206, headers)
         await passing.send(connection, self._uploads, self._served, left)

@@ -96,6 +96,7 @@ class Flow:
 
     pick: Pick
     since: float
+    """From when on it counts how long it takes."""
     got: int = 0
     """Bytes that it has brought."""
     left: int = 0

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fetcher.peers.trust import PeerToken
     from fetcher.ranges import Range
     from fetcher.schedule import Demand
+    from fetcher.wire import Head
 
 _MOST_IDLE: Final = 32
 """Connections that are kept for the next request, of all peers together."""
@@ -126,6 +127,10 @@ class PeerClient:
         if self.standings.beginnings.asked(str(blob), trio.current_time()):
             self.turns.begin()
 
+    def is_fetching(self) -> bool:
+        """See :class:`fetcher.peers.blobs.Ownership`."""
+        return self.standings.is_fetching(trio.current_time())
+
     # -- one request -------------------------------------------------------------------------------
 
     async def fetch(
@@ -135,16 +140,16 @@ class PeerClient:
         sink: Sink,
         demand: Demand,
         pacing: Pacing,
-        answered: Callable[[int, Mapping[str, str]], None],
+        answered: Callable[[Head], None],
     ) -> None:
         """Fetch a part from a member, as :meth:`fetcher.transport.Connection.fetch` does.
 
-        ``answered`` is told the status and the headers of its answer, in the trio thread.
+        ``answered`` is told how its answer begins, in the trio thread.
         """
         token = trio.lowlevel.current_trio_token()
 
-        def tell(status: int, headers: Mapping[str, str]) -> None:
-            token.run_sync_soon(answered, status, headers)
+        def tell(head: Head) -> None:
+            token.run_sync_soon(answered, head)
 
         access = self._access(member, request, tell)
         piece = Piece(request.blob.digest, request.blob.size, request.wanted)
@@ -164,7 +169,7 @@ class PeerClient:
         self,
         member: Member,
         request: PeerRequest,
-        tell: Callable[[int, Mapping[str, str]], None],
+        tell: Callable[[Head], None],
     ) -> BlobAccess:
         settings, reference, blob = self.settings, request.reference, request.blob
         registry = quote(reference.registry, safe=":")

@@ -34,7 +34,7 @@ from fetcher.peers.trials import Trials
 from fetcher.schedule import Urgency
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable
 
     from fetcher.chunk_digests import BlobChunks
     from fetcher.oci import Descriptor, Reference
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fetcher.schedule import Piece
     from fetcher.store.blobs import PartialBlob
     from fetcher.store.sinks import ChunkSink
+    from fetcher.wire import Head
 
 logger = logging.getLogger(__name__)
 
@@ -267,10 +268,10 @@ class PeerFetching:
             flow.look()
             if pick.is_guess:
                 self._client.standings.guessed(found=flow.got > 0)
-            seconds = trio.current_time() - started
+            now = trio.current_time()
             name = None if pick.member is None else pick.member.name
-            self._client.standings.measured(name, flow.got, seconds, started + seconds)
-            self._harvested(flow)
+            self._client.standings.measured(name, flow.got, now - flow.since, now)
+            self._count(flow, now)
             if flow.is_answered:
                 self._client.standings.harvest.answering -= 1
             if name is not None and self._client.standings.is_sluggish(name):
@@ -315,8 +316,8 @@ class PeerFetching:
         work.asked.setdefault(member.name, False)
         held = self._trials.held(member.name, strand)
 
-        def answered(status: int, headers: Mapping[str, str]) -> None:
-            have = self._answered(flow, member, status, headers)
+        def answered(head: Head) -> None:
+            have = self._answered(flow, member, head)
             work.asked[member.name] = have is not None and have.is_all
             if held is not None:
                 held.hear(is_whole=work.asked[member.name])
@@ -344,13 +345,14 @@ class PeerFetching:
         except (Unavailable, InvalidRequest) as error:
             self._failed(flow, member, error, started)
 
-    def _answered(
-        self, flow: _StrandFlow, member: Member, status: int, headers: Mapping[str, str]
-    ) -> Have | None:
+    def _answered(self, flow: _StrandFlow, member: Member, head: Head) -> Have | None:
         """A member's answer begins; what it says that it has."""
-        flow.status = status
+        flow.status, headers = head.status, head.headers
         standings, now = self._client.standings, trio.current_time()
-        if status < 400:
+        if head.interim:
+            # until now the other side waited itself, and said so: that does not make it slow
+            flow.since = now
+        if head.status < 400:
             standings.answered(member.name, now - flow.since)
             standings.served_at = now
             if flow in self._works and not flow.is_answered:
@@ -528,7 +530,7 @@ class PeerFetching:
             flow.look()
             if flow.got != flow.counted:
                 flow.moved_at = now
-            self._harvested(flow)
+            self._count(flow, now)
             member = flow.pick.member
             if member is not None and self._is_too_slow(flow, member, now):
                 self._pass_over(member.name)
@@ -540,9 +542,13 @@ class PeerFetching:
         elif self._client.turns.is_idle:
             self._have_help([one for one in flows if self._may_help(one)], now)
 
-    def _harvested(self, flow: _StrandFlow) -> None:
+    def _count(self, flow: _StrandFlow, now: float) -> None:
+        """Count what a request has brought since it was looked at last."""
+        more, standings = flow.got - flow.counted, self._client.standings
         if flow.pick.member is not None:
-            self._client.standings.harvest.brought(flow.got - flow.counted)
+            standings.harvest.brought(more)
+        elif more:
+            standings.fetched_at = now
         flow.counted = flow.got
 
     def _pass_over(self, name: str) -> None:

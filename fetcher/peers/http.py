@@ -134,6 +134,10 @@ class HttpConnection:
         ]
         await self._send_event(h11.Response(status_code=status, headers=[*headers, *own]))
 
+    async def put_off(self) -> None:
+        """Say that the answer is still to come (RFC 9110 section 15.2, 102 of RFC 2518)."""
+        await self._send_event(h11.InformationalResponse(status_code=102, headers=[]))
+
     async def end(self) -> None:
         """The answer is complete."""
         await self._send_event(h11.EndOfMessage())

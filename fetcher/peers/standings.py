@@ -37,6 +37,8 @@ _TELLING_BYTES: Final = 256 * 1024
 _LEAST_GUESS_PAUSE: Final = 0.05
 _LONGEST_GUESS_PAUSE: Final = 1.6
 """Between two guesses of the node: each costs both sides a request."""
+_FETCHING_SECONDS: Final = 2.5
+"""Without a byte from mirrors and the registry, after which nobody is told to wait for them."""
 _MAX_PEERS: Final = 20_000
 _NEVER: Final = float("-inf")
 
@@ -81,6 +83,8 @@ class Standings:
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
     served_at: float = _NEVER
     """When a peer began to send something last."""
+    fetched_at: float = _NEVER
+    """When bytes came last from mirrors or the registry."""
     beginnings: Beginnings = field(default_factory=Beginnings)
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
@@ -132,6 +136,12 @@ class Standings:
         """It ended, however."""
         self.of(name).under_way -= 1
         self.under_way -= 1
+
+    def is_fetching(self, now: float) -> bool:
+        """Whether mirrors or the registry are sending what was asked of them: what waits for its
+        turn behind that has only to be waited for.
+        """
+        return now - self.fetched_at < _FETCHING_SECONDS
 
     def told(self, name: str, load: int) -> None:
         """So many uploads are under way there."""

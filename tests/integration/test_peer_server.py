@@ -197,6 +197,41 @@ def test_what_arrives_is_passed_on_at_once(
         trio.run(main, proxy)
 
 
+@pytest.mark.parametrize("member", ["Model-CSI-From: asker\r\n", ""])
+@pytest.mark.parametrize("fetches", [True, False])
+def test_a_member_that_waits_for_its_turn_is_told_so(
+    fetches: bool, member: str, registry: RegistryServer, tmp_path: Path
+) -> None:
+    """Only while what goes before it comes: an owner that gets nothing is left for another."""
+    data = os.urandom(CHUNK)
+    digest = registry.push_blob("peers/turn", data)
+
+    async def main(proxy: Proxy) -> None:
+        setup = Setup(ownership=OwnsAll(fetches=fetches))
+        async with peer_node(tmp_path / "root", setup) as node:
+            stall = proxy.faults.stall = threading.Event()
+            request = (
+                f"GET {node.blob_url('peers/turn', digest, proxy.address)} HTTP/1.1\r\n"
+                f"Host: x\r\nModel-CSI-Peer: {TOKEN}\r\nModel-CSI-Chunk: {CHUNK}\r\n"
+                f"Range: bytes=0-{CHUNK - 1}\r\n{member}\r\n"
+            )
+            got, is_told = b"", fetches and bool(member)
+            async with await trio.open_tcp_stream(*node.address) as stream:
+                await stream.send_all(request.encode())
+                with trio.move_on_after(20 if is_told else 2.5):
+                    while got.count(b"HTTP/1.1 102") < 2:
+                        got += await stream.receive_some(4096)
+                assert (got.count(b"HTTP/1.1 102") == 2) == is_told
+                stall.set()
+                with trio.fail_after(20):
+                    while not got.endswith(data):
+                        got += await stream.receive_some(65536)
+            assert got.count(b"HTTP/1.1 206") == 1
+
+    with serve_proxy(registry.address) as proxy:
+        trio.run(main, proxy)
+
+
 def test_all_who_want_a_chunk_share_one_fetch(registry: RegistryServer, tmp_path: Path) -> None:
     data = os.urandom(16 * CHUNK)
     digest = registry.push_blob("peers/shared", data)

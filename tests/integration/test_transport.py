@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,9 @@ from fetcher.transport import LEAST_SPEED, Connection, TransferSettings
 from fetcher.trust import Trust
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    from fetcher.wire import Head
 
 DATA = b"0123456789" * 1000
 DIGEST = Digest.of(DATA)
@@ -232,6 +235,42 @@ def test_silence_has_an_end(begun: list[bytes | None]) -> None:
         fetched(connection, access(server.address))
 
 
+@pytest.mark.parametrize("interims", [4, 100])
+def test_who_says_that_the_answer_is_to_come_is_waited_for(interims: int) -> None:
+    """But not for ever."""
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            for _ in range(interims):
+                gone.wait(0.4)
+                connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
+            connection.sendall(GOOD)
+
+    gone = threading.Event()
+    settings = TransferSettings(stall_timeout=1.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        contextlib.closing(Connection(settings)) as connection,
+    ):
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        asked = access(f"127.0.0.1:{listener.getsockname()[1]}")
+        # who is a peer, or a mirror, has to bring something within the time
+        asked = replace(asked, stall_timeout=1.0)
+        try:
+            if interims < 10:
+                assert fetched(connection, asked) == DATA
+            else:
+                with pytest.raises(Unavailable, match="fell silent"):
+                    fetched(connection, asked)
+        finally:
+            gone.set()
+            connection.close()
+            thread.join()
+
+
 @pytest.mark.parametrize("little", [True, False])
 def test_who_gets_little_time_must_not_drip(little: bool) -> None:
     """The same drips are fine from who has all the time."""
@@ -351,20 +390,21 @@ def test_headers_are_sent_as_they_are(connection: Connection) -> None:
 
 
 def test_answers_are_told_of_before_their_body(connection: Connection) -> None:
-    heard: list[tuple[int, str | None]] = []
+    heard: list[tuple[int, str | None, int]] = []
 
-    def hear(status: int, headers: Mapping[str, str]) -> None:
-        heard.append((status, headers.get("x-have")))
+    def hear(head: Head) -> None:
+        heard.append((head.status, head.headers.get("x-have"), head.interim))
 
     moved = answer("Location: /there\r\nX-Have: 0\r\nContent-Length: 0\r\n", b"", status=307)
     missing = answer("X-Have: 1\r\nContent-Length: 0\r\n", b"", status=404)
-    with serving([moved, missing, answer(f"{LENGTH}X-Have: 2\r\n"), moved]) as server:
+    found = INTERIM * 2 + answer(f"{LENGTH}X-Have: 2\r\n")
+    with serving([moved, missing, found, moved]) as server:
         asked = access(server.address)
         asked = BlobAccess(asked.hop, asked.route, on_answer=hear)
         with pytest.raises(NotFound):
             fetched(connection, asked)
         assert fetched(connection, asked) == DATA
-        assert heard == [(404, "1"), (200, "2")]
+        assert heard == [(404, "1", 0), (200, "2", 2)]
         with pytest.raises(Unavailable, match="redirects more than 0 times"):
             fetched(connection, BlobAccess(asked.hop, asked.route, redirects=0))
         assert len(server.requests) == 4

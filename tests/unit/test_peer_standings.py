@@ -34,6 +34,14 @@ def test_one_request_shows_whether_a_peer_that_failed_is_better_now() -> None:
     assert not standings.is_tried("a")
 
 
+def test_who_gets_bytes_from_the_registry_is_fetching_for_a_while() -> None:
+    standings = Standings()
+    assert not standings.is_fetching(0.0)
+    standings.fetched_at = 10.0
+    assert standings.is_fetching(12.0)
+    assert not standings.is_fetching(13.0)
+
+
 def test_who_lied_is_banned_longer_each_time_and_counted() -> None:
     standings = Standings()
     assert standings.lied("a", 0.0) == 600.0
