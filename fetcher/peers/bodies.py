@@ -165,7 +165,7 @@ class ArrivingBody:
 
     def have(self) -> Have:
         blob = self._blob
-        return Have.of(blob.chunk_size, blob.count, filter(blob.has, range(blob.count)))
+        return Have.of_states(blob.chunk_size, blob.states())
 
     def spans(self, part: Range) -> list[Span] | None:
         return None if self._path is None else [Span(self._path, part.start, len(part))]

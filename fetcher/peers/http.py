@@ -101,10 +101,11 @@ class HttpConnection:
             event = self._http.next_event()
             if isinstance(event, h11.Request):
                 self._patience_for_next = self._patience.idle
-                self._has_body, self._is_head = _announces_body(event), event.method == b"HEAD"
+                request = _read(event)
+                self._has_body, self._is_head = _announces_body(request), request.is_head
                 if not self._has_body:
                     self._http.next_event()
-                return _read(event)
+                return request
             if event is not h11.NEED_DATA:
                 return None
             begun = bool(self._http.trailing_data[0])
@@ -117,13 +118,17 @@ class HttpConnection:
         self, status: int, headers: Headers, body: bytes, *, close: bool = False
     ) -> None:
         """Send a small answer whole; for a HEAD without its body."""
-        await self.begin(status, (*headers, ("Content-Length", str(len(body)))), close=close)
+        length = ("Content-Length", str(len(body)))
+        events: list[h11.Event] = [self._head(status, (*headers, length), close=close)]
         if body and not self._is_head:
-            await self._send_event(h11.Data(data=body))
-        await self.end()
+            events.append(h11.Data(data=body))
+        await self._send_events(*events, h11.EndOfMessage())
 
     async def begin(self, status: int, headers: Headers, *, close: bool = False) -> None:
         """Send the head of an answer."""
+        await self._send_events(self._head(status, headers, close=close))
+
+    def _head(self, status: int, headers: Headers, *, close: bool) -> h11.Response:
         if self._has_body:
             # it is not read: the next request could not be found behind it
             close = True
@@ -132,18 +137,21 @@ class HttpConnection:
             ("Docker-Distribution-API-Version", "registry/2.0"),
             *([("Connection", "close")] if close else []),
         ]
-        await self._send_event(h11.Response(status_code=status, headers=[*headers, *own]))
+        return h11.Response(status_code=status, headers=[*headers, *own])
 
     async def put_off(self) -> None:
         """Say that the answer is still to come (RFC 9110 section 15.2, 102 of RFC 2518)."""
-        await self._send_event(h11.InformationalResponse(status_code=102, headers=[]))
+        await self._send_events(h11.InformationalResponse(status_code=102, headers=[]))
 
     async def end(self) -> None:
         """The answer is complete."""
-        await self._send_event(h11.EndOfMessage())
+        await self._send_events(h11.EndOfMessage())
 
-    async def _send_event(self, event: h11.Event) -> None:
-        data = self._http.send(event)
+    async def _send_events(self, *events: h11.Event) -> None:
+        data = b"".join(self._http.send(event) or b"" for event in events)
+        if isinstance(self._stream, trio.SocketStream):
+            # nearly always there is room for it: then nothing has to be waited for
+            data = data[_send_now(self._stream.socket.fileno(), data) :]
         if data:
             with trio.fail_after(self._patience.stall):
                 await self._stream.send_all(data)
@@ -279,9 +287,17 @@ def _read_part(body: Body, part: Range, buffer: memoryview) -> int:
         return 0
 
 
-def _announces_body(request: h11.Request) -> bool:
-    names = {name: value for name, value in request.headers}
-    return b"transfer-encoding" in names or names.get(b"content-length", b"0") != b"0"
+def _send_now(descriptor: int, data: bytes) -> int:
+    """Send what there is room for at once; how much that was."""
+    try:
+        return os.write(descriptor, data) if data else 0
+    except BlockingIOError:
+        return 0
+
+
+def _announces_body(request: Request) -> bool:
+    headers = request.headers
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _read(request: h11.Request) -> Request:

@@ -46,6 +46,11 @@ class Passes:
         With ``renew`` what is kept has been refused. Raises what ``look`` does.
         """
         key = reference.name, id(keychain)
+        kept = self._kept.get(key)
+        if kept is not None and not renew and key not in self._looking:
+            until, _, shown = kept
+            if trio.current_time() < until:
+                return shown
         async with self._looking.setdefault(key, trio.Lock()):
             until, _, shown = self._kept.get(key, (float("-inf"), keychain, None))
             if renew or trio.current_time() >= until:

@@ -82,7 +82,9 @@ class Passing:
         while part:
             body = await self._next_or_end(part)
             following = Following(body, Range(part.start, min(part.stop, part.start + most)))
-            await trio.sleep(uploads.pause(len(following.left), trio.current_time()))
+            pause = uploads.pause(len(following.left), trio.current_time())
+            if pause:
+                await trio.sleep(pause)
             try:
                 await connection.send_part(following)
             finally:
@@ -96,6 +98,9 @@ class Passing:
             part = Range(part.start + sent, part.stop)
 
     async def _next_or_end(self, part: Range) -> Body:
+        body = self._here(part)
+        if body is not None:
+            return body
         try:
             with trio.fail_after(_NEXT_BYTE_SECONDS):
                 return await self._next(part)
@@ -105,13 +110,18 @@ class Passing:
 
     async def _next(self, part: Range) -> Body:
         while True:
-            body = self._find()
-            if body is not None and body.there(part) > part.start:
+            body = self._here(part)
+            if body is not None:
                 return body
             with trio.CancelScope() as self._waiting:
                 await self._news()
             # what comes of the other chunks is news, too
             await trio.sleep(_PAUSE)
+
+    def _here(self, part: Range) -> Body | None:
+        """The blob, if the first byte of the part is there."""
+        body = self._find()
+        return body if body is not None and body.there(part) > part.start else None
 
     async def _news(self) -> None:
         """Wait until there may be more; raises why nothing more will arrive, if that is so."""

@@ -47,6 +47,10 @@ TRY: Final = "Model-CSI-Try"
 MOST_HOPS: Final = 4
 MAX_HAVE_CHARACTERS: Final = 4096
 _ALL: Final = "all"
+_DIGITS: Final = b"0" + b"1" * 255
+"""Of each byte, whether it is 0."""
+_SWAPPED: Final = bytes(int(f"{one:08b}"[::-1], 2) for one in range(256))
+"""Of each byte, its bits the other way round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,12 @@ class Have:
         for chunk in chunks:
             bitmap[chunk // 8] |= 0x80 >> chunk % 8
         return cls(chunk_size, bytes(bitmap))
+
+    @classmethod
+    def of_states(cls, chunk_size: int, states: bytes) -> Have:
+        """The chunks, a byte for each, whose byte is not 0."""
+        digits = states.translate(_DIGITS).ljust(-(-len(states) // 8) * 8, b"0")
+        return cls(chunk_size, int(digits or b"0", 2).to_bytes(len(digits) // 8, "big"))
 
     @classmethod
     def parse(cls, text: str) -> Have | None:
@@ -104,8 +114,7 @@ class Have:
     @property
     def bits(self) -> int:
         """The chunks that are there, chunk *n* as the bit of weight ``1 << n``."""
-        swapped = bytes(int(f"{one:08b}"[::-1], 2) for one in self.bitmap)
-        return int.from_bytes(swapped, "little")
+        return int.from_bytes(self.bitmap.translate(_SWAPPED), "little")
 
     def has(self, wanted: Range) -> bool:
         """Whether all bytes of ``wanted``, which are some, are there."""

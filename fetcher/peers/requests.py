@@ -120,7 +120,8 @@ def read(request: Request, namespace: str) -> Asked | None:
     if path in ("/v2", "/v2/"):
         return None
     name, kind, target = _split(unquote(path.removeprefix("/v2/")))
-    registry = _parameter(query, "ns") or namespace
+    parameters = _parameters(query)
+    registry = parameters.get("ns") or namespace
     if not registry:
         raise Refusal(
             404, "NAME_UNKNOWN", "this is a mirror of many registries: name one with ?ns=HOST"
@@ -139,7 +140,7 @@ def read(request: Request, namespace: str) -> Asked | None:
         ready=protocol.READY.lower() in headers,
         urgent=protocol.URGENT.lower() in headers,
         spare=_number(headers.get(protocol.SPARE.lower(), ""), 5),
-        artifact_type=_parameter(query, "artifactType"),
+        artifact_type=parameters.get("artifactType", ""),
     )
 
 
@@ -151,8 +152,11 @@ def _split(path: str) -> tuple[str, str, str]:
     return "/".join(parts[:-2]), parts[-2], parts[-1]
 
 
-def _parameter(query: str, name: str) -> str:
-    return parse_qs(query, max_num_fields=16).get(name, [""])[0] if query.count("&") < 16 else ""
+def _parameters(query: str) -> dict[str, str]:
+    """Of each parameter its first value; none of too many."""
+    if query.count("&") >= 16:
+        return {}
+    return {name: values[0] for name, values in parse_qs(query, max_num_fields=16).items()}
 
 
 def _reference(registry: str, name: str, kind: str, target: str) -> Reference:

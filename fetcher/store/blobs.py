@@ -471,6 +471,10 @@ class PartialBlob:
         """Whether ``chunk`` is there."""
         return self._chunks.has(chunk)
 
+    def states(self) -> bytes:
+        """A byte for each chunk, which is 0 where it is not there."""
+        return self._chunks.states()
+
     def is_trusted(self, chunk: int) -> bool:
         """Whether ``chunk`` is there and may be shown before the whole blob was verified."""
         return self._chunks.is_trusted(chunk)

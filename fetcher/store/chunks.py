@@ -286,6 +286,10 @@ class ChunkMap:
         """Whether the bytes of ``chunk`` have been written."""
         return self._states[chunk] != 0
 
+    def states(self) -> bytes:
+        """A byte for each chunk, which is 0 where its bytes have not been written."""
+        return bytes(self._states)
+
     def is_framed(self, chunk: int) -> bool:
         """Whether the bytes of ``chunk`` wait in the frame."""
         return bool(self._states[chunk] & FRAMED)

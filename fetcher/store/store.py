@@ -102,7 +102,8 @@ class Store:
 
     def blob_path(self, digest: Digest) -> Path:
         """Where the bytes of a blob lie."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
+        # at one go: each part more would be joined by itself, and this is asked for all the time
+        return self.root / f"blobs/{digest.algorithm}/{digest.hex}"
 
     def _chunks_path(self, digest: Digest) -> Path:
         return self.blob_path(digest).with_name(digest.hex + ".chunks")

@@ -215,6 +215,14 @@ def test_have_is_read_as_it_was_written(count: int, data: st.DataObject) -> None
     assert {one for one in range(count) if have.has(Range(one * 64, one * 64 + 64))} == chunks
 
 
+@given(st.binary(min_size=1, max_size=200))
+def test_have_is_made_of_what_a_store_notes_of_chunks(states: bytes) -> None:
+    there = [number for number, state in enumerate(states) if state]
+    made = Have.of_states(64, states)
+    assert made == Have.of(64, len(states), there)
+    assert [one for one in range(len(states)) if made.bits >> one & 1] == there
+
+
 def test_have_of_parts_that_touch_several_chunks() -> None:
     have = Have.of(10, 4, [1, 2])
     assert have.has(Range(10, 30))
