@@ -235,8 +235,8 @@ def test_silence_has_an_end(begun: list[bytes | None]) -> None:
         fetched(connection, access(server.address))
 
 
-@pytest.mark.parametrize("interims", [4, 100])
-def test_who_says_that_the_answer_is_to_come_is_waited_for(interims: int) -> None:
+@pytest.mark.parametrize(("interims", "pause"), [(4, 0.4), (100, 0.1)])
+def test_who_says_that_the_answer_is_to_come_is_waited_for(interims: int, pause: float) -> None:
     """But not for ever."""
 
     def serve(listener: socket.socket) -> None:
@@ -244,7 +244,7 @@ def test_who_says_that_the_answer_is_to_come_is_waited_for(interims: int) -> Non
         with connection, contextlib.suppress(OSError):
             connection.recv(4096)
             for _ in range(interims):
-                gone.wait(0.4)
+                gone.wait(pause)
                 connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
             connection.sendall(GOOD)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_CONGESTION_CONTROLS: Final = ("cubic", "reno")
 _NAMESPACES: Final = Path("/run/netns")
 _CLONE_NEWNET: Final = 0x40000000
 _NETWORKS: Final = itertools.count()
@@ -204,6 +205,7 @@ class Network:
         # its chatter would be counted
         _set(namespace, "net/ipv6/conf/all/disable_ipv6", "1")
         _set(namespace, "net/ipv6/conf/default/disable_ipv6", "1")
+        _choose_congestion_control(namespace)
         _ip(namespace, "link set lo up")
 
 
@@ -252,6 +254,18 @@ def _enter(namespace: str) -> None:
 def _set(namespace: str, setting: str, value: str) -> None:
     path = Path("/proc/sys") / setting
     _inside(namespace, lambda: path.write_text(value))
+
+
+def _choose_congestion_control(namespace: str) -> None:
+    """As nodes have it unless told otherwise, whatever this machine was told: what several
+    connections leave of a link to each other depends on it.
+    """
+    for name in _CONGESTION_CONTROLS:
+        # a namespace may choose among those that the machine allows everybody; reno always is
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            _set(namespace, "net/ipv4/tcp_congestion_control", name)
+            return
+    raise RuntimeError(f"none of {', '.join(_CONGESTION_CONTROLS)} can be used in a namespace")
 
 
 def _limit(namespace: str, device: str, mbit: float) -> None:
