@@ -69,12 +69,21 @@ class Holdings:
         """Bytes of those of ``names`` that are recorded."""
         # in one step, and with one row: at each of them other threads may take their turn, and this
         # is asked of all that is worked on, for each part that is fetched for others
+        found = self._of(names, "json_group_object(name, bytes)", "TRUE")
+        return msgspec.json.decode(found, type=dict[str, int])
+
+    def promised(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` whose bytes are a promise."""
+        found = self._of(names, "json_group_array(name)", "settled = 0")
+        return msgspec.json.decode(found, type=list[str])
+
+    def _of(self, names: Iterable[str], wanted: str, which: str) -> str:
         (found,) = self._database.connection.execute(
-            "SELECT json_group_object(name, bytes) FROM json_each(?) "
-            "CROSS JOIN holdings ON name = value",
+            f"SELECT {wanted} FROM json_each(?) CROSS JOIN holdings ON name = value "  # noqa: S608
+            f"WHERE {which}",
             (msgspec.json.encode(list(names)).decode(),),
         ).fetchone()
-        return msgspec.json.decode(found, type=dict[str, int])
+        return str(found)
 
     def below(self, kind: str) -> list[Holding]:
         """All below ``blobs``, ``models`` or ``trash``."""

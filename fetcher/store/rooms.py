@@ -245,7 +245,7 @@ class Rooms:
 
     async def settle_only(self, names: Iterable[str]) -> None:
         """As :meth:`settle`, for those of ``names`` that are promised, and for nothing else."""
-        await self._settle(set(names).intersection(self._space.holdings.unsettled()))
+        await self._settle(self._space.holdings.promised(names))
 
     async def _settle(self, names: Collection[str]) -> None:
         if not names:

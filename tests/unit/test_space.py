@@ -114,6 +114,34 @@ def test_what_was_written_of_a_reservation_counts_once(tmp_path: Path) -> None:
     in_store(tmp_path / "root", work)
 
 
+def test_nothing_is_written_down_where_nothing_has_changed(tmp_path: Path) -> None:
+    builder = weights(CHUNK, CHUNK)
+    model = read_model(builder.manifest())
+    names = [content_name(layer.descriptor.digest) for layer in model.layers]
+    statements: list[str] = []
+
+    def written() -> int:
+        return sum(map(statements.count, ("BEGIN IMMEDIATE", "COMMIT")))
+
+    async def work(store: Store) -> None:
+        space = store.space
+        with store.held(model, EVERYTHING):
+            await store.reserve("m", model, EVERYTHING)
+            assert space.holdings.promised([*names, "blobs/sha256/none"]) == names
+            store.database.connection.set_trace_callback(statements.append)
+            with space.held(names):
+                # others hold them, too, and what is worked on is not settled
+                space.believe(dict.fromkeys(names, 1), set(names))
+            assert written() == 0
+        assert written() == 2
+        space.holdings.settle({names[0]: 5})
+        assert space.holdings.promised(names) == names[1:]
+        assert space.holdings.get(names[:1]) == {names[0]: 5}
+        assert space.holdings.get([]) == {}
+
+    in_store(tmp_path / "root", work)
+
+
 def test_a_kill_leaves_a_figure_that_is_too_large_until_it_is_measured(tmp_path: Path) -> None:
     builder = weights(4 * MIB)
     model = read_model(builder.manifest())
