@@ -360,10 +360,13 @@ class Job:
     def _has_awaited(self) -> bool:
         return self._awaited >= 0 and self.partial is not None and self.partial.has(self._awaited)
 
-    def arrived(self, _: int) -> None:
-        """Bytes came, in whichever thread."""
+    def arrived(self, number: int) -> None:
+        """Bytes of a chunk came, in whichever thread."""
         self.moved = time.monotonic()
-        if self._waiting or self._listening or self._has_awaited():
+        partial = self.partial
+        # who waits for a range waits for whole chunks: a piece of one need not wake the loop
+        is_whole = partial is not None and partial.has(number)
+        if self._listening or (is_whole and self._waiting) or self._has_awaited():
             self._token.run_sync_soon(self._look, idempotent=True)
 
     def _look(self) -> None:
