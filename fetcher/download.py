@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from fetcher.chunk_lists import KnownList
     from fetcher.credentials import Keychain
     from fetcher.hosts import Host
-    from fetcher.modelpack import Layer
+    from fetcher.modelpack import Layer, Position
     from fetcher.oci import Reference
     from fetcher.peers.client import PeerClient
     from fetcher.peers.turns import Turns
@@ -122,6 +122,8 @@ class Wanted(Protocol):
     """Of the blob in its manifest; those with a lower one come first."""
     chunks: KnownList | None
     """What proves single chunks, if anything does."""
+    adopted: set[int]
+    """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
 
     @property
     def source(self) -> Source:
@@ -212,6 +214,12 @@ class Download:
         """Something else is wanted, or is wanted more."""
         self._changed.set()
         self._changed = trio.Event()
+
+    def adopt(self, start: int) -> None:
+        """Another chunk is to be fetched by this node itself, whoever owns it."""
+        if self._peers is not None:
+            self._peers.adopt(start)
+            self.wake()
 
     def hurry(self, demands: Iterable[Demand]) -> None:
         """What is under way has become more urgent."""
@@ -501,6 +509,16 @@ class Download:
         """What the registry has there; None where it does not say soon."""
         source = self._wanted.source
         return await excerpt(self._registry, self._transfers, source, self._blob, wanted)
+
+    @property
+    def position(self) -> Position | None:
+        """Which layer of which model it is, where that is known."""
+        return self._wanted.layer.position
+
+    @property
+    def adopted(self) -> set[int]:
+        """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
+        return self._wanted.adopted
 
     @property
     def hops(self) -> int:

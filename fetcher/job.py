@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from fetcher.errors import InProgress, ModelError
+from fetcher.peers.owners import Deal
 from fetcher.ranges import Range
 from fetcher.schedule import Schedule, Urgency, Want
 from fetcher.threads import run_stoppable
@@ -67,6 +68,10 @@ class Job:
         self.previous = previous
         """A job of the same blob that was told to stop and may not have ended yet."""
         self.waiters = 0
+        self.deal = Deal.of(layer.descriptor.digest, layer.position)
+        """How its chunks are dealt out among peers."""
+        self.adopted: set[int] = set()
+        """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
         self.place = NO_PLACE
         """Of the blob in the manifest that it is fetched for; peers are asked in this order."""
         self.scope = trio.CancelScope()
@@ -334,6 +339,14 @@ class Job:
             if not self._indexed:
                 # it was just closed: the job ends, or begins anew
                 await self.change()
+
+    def adopt(self, start: int) -> None:
+        """Fetch the chunk that begins with this byte from mirrors and the registry, whoever owns it
+        by this node's count.
+        """
+        self.adopted.add(start)
+        if self._download is not None:
+            self._download.adopt(start)
 
     # -- what comes --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from fetcher.artifacts import FileEntry, Tree, quoted, safe_path
@@ -76,6 +76,16 @@ _LAYER_TYPES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """Which layer of which model it is."""
+
+    model: Digest
+    """The manifest's digest."""
+    index: int
+    """Among the manifest's layers."""
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer: a file as it is, or an archive of files."""
 
@@ -88,15 +98,19 @@ class Layer:
     executable: bool = False
     mtime_ns: int | None = None
     """Both only of a raw layer, as an archive has them per file."""
+    position: Position | None = field(default=None, compare=False)
+    """Where it was found; None for a blob that is fetched by itself."""
 
 
-def blob_layer(digest: Digest, size: int, media_type: str) -> Layer:
+def blob_layer(
+    digest: Digest, size: int, media_type: str, position: Position | None = None
+) -> Layer:
     """A blob that is fetched by itself, to be laid out as a layer of that media type would be.
 
     One of any other type is a file, and has no path in a tree.
     """
     kind, packing = _LAYER_TYPES.get(media_type, (Kind.DOC, Packing.RAW))
-    return Layer(Descriptor(media_type, digest, size), kind, packing, None)
+    return Layer(Descriptor(media_type, digest, size), kind, packing, None, position=position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +139,10 @@ def read_model(manifest: Manifest) -> Model:
     artifact_type = _artifact_type(manifest)
     if not manifest.layers:
         raise InvalidArtifact("the model has no layers: there is nothing to mount")
-    layers = tuple(_read_layer(descriptor) for descriptor in manifest.layers)
+    layers = tuple(
+        replace(_read_layer(descriptor), position=Position(manifest.digest, index))
+        for index, descriptor in enumerate(manifest.layers)
+    )
     _check_files(layers)
     _check_blobs(layers)
     return Model(manifest.digest, artifact_type, manifest.config, layers, manifest.annotations)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fetcher.peers.bodies import Body
     from fetcher.peers.fills import Fills
     from fetcher.peers.http import Headers, HttpConnection
+    from fetcher.peers.owners import Deal
     from fetcher.peers.requests import Asked
     from fetcher.peers.served import Served
     from fetcher.peers.uploads import Uploads
@@ -42,7 +43,7 @@ _ANY_SIZE: Final = 10**19
 class Ownership(Protocol):
     """Whose turn it is to fetch what."""
 
-    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+    def owns(self, deal: Deal, wanted: Range, chunk_size: int) -> bool:
         """Whether this node is to fetch, for others that ask it, the chunk of that size that
         ``wanted`` begins in.
         """
@@ -57,7 +58,7 @@ class Ownership(Protocol):
 class OwnsNothing:
     """The ownership of a node without members."""
 
-    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+    def owns(self, deal: Deal, wanted: Range, chunk_size: int) -> bool:
         return False
 
     def asked(self, blob: Digest) -> None:
@@ -190,7 +191,7 @@ class Blobs:
 
     def _owns(self, asked: Asked, part: Range) -> bool:
         size = asked.chunk_size if asked.hops < protocol.MOST_HOPS else 0
-        return size > 0 and self._ownership.owns(asked.digest, part, size)
+        return size > 0 and self._ownership.owns(asked.deal, part, size)
 
     @contextlib.contextmanager
     def _admitted(self, wish: _Wish, found: Body | None) -> Iterator[list[int]]:
@@ -226,8 +227,12 @@ class Blobs:
 
     async def _fill(self, connection: HttpConnection, wish: _Wish, left: list[int]) -> None:
         """Send what is fetched from the registry in the asker's name."""
-        layer = blob_layer(wish.asked.digest, wish.size, wish.asked.layer)
+        asked = wish.asked
+        layer = blob_layer(asked.digest, wish.size, asked.layer, asked.position)
         async with self._fills.filling(wish.asker, layer) as job:
+            if asked.member and job.deal != asked.deal:
+                # by this node's own count it may be somebody else's, who asks this one in turn
+                job.adopt(wish.part.start)
             passing = self._passing(wish, job)
             wanting = self._fills.wanting(job, wish.part, passing.look, urgent=wish.asked.urgent)
             with wanting as passing.wanting:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from fetcher.peers.owners import Deal
 from fetcher.ranges import Range
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ class BlobChoice:
     members: Members
     standings: Standings
     appetite: Appetite = field(default_factory=Appetite)
+    deal: Deal | None = None
+    """None where the blob is known by itself."""
     contributors: dict[int, dict[str, bool]] = field(default_factory=dict)
     """By chunk, the members that sent some of it, and whether they had all of the blob."""
     _version: int = -1
@@ -156,6 +159,8 @@ class BlobChoice:
     _waiting_since: dict[int, float] = field(default_factory=dict)
     _distrusted: set[str] = field(default_factory=set)
     """Members that passed on wrong bytes of this blob."""
+    _adopted: set[int] = field(default_factory=set)
+    """Chunks that this node fetches itself, as it owns them by somebody else's count."""
 
     # -- the next one ------------------------------------------------------------------------------
 
@@ -525,14 +530,30 @@ class BlobChoice:
         found = self._lines.get(chunk)
         if found is None or self._version != self.members.version:
             self._refresh()
-            owners = self._owners or self.members.owners(self.blob)
-            found = self._lines[chunk] = owners.asked_by(self.members.myself, chunk)
+            deal = self._deal
+            owners = self._owners or self.members.owners(deal.order)
+            adopted = chunk in self._adopted
+            found = () if adopted else owners.asked_by(self.members.myself, deal.first + chunk)
+            self._lines[chunk] = found
         return found
+
+    def adopt(self, chunk: int) -> None:
+        """Fetch a chunk for others from mirrors and the registry, whoever owns it otherwise.
+
+        Two models may have the blob, and deal it out differently: two nodes, each of which owns
+        the chunk by the other one's count, would wait for each other.
+        """
+        self._adopted.add(chunk)
+        self._lines.pop(chunk, None)
+
+    @property
+    def _deal(self) -> Deal:
+        return self.deal or Deal(self.blob)
 
     def _refresh(self) -> None:
         if self._version != self.members.version:
             self._version = self.members.version
-            self._owners = self.members.owners(self.blob)
+            self._owners = self.members.owners(self._deal.order)
             self._lines.clear()
 
 

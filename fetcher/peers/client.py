@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fetcher.answers import Sink
+    from fetcher.modelpack import Position
     from fetcher.oci import Descriptor, Digest, Reference
     from fetcher.pacing import Pacing
     from fetcher.peers.members import Members
-    from fetcher.peers.owners import Member
+    from fetcher.peers.owners import Deal, Member
     from fetcher.peers.trust import PeerToken
     from fetcher.ranges import Range
     from fetcher.schedule import Demand
@@ -70,6 +71,8 @@ class PeerRequest:
     blob: Descriptor
     wanted: Range
     chunk_size: int
+    position: Position | None
+    """As which layer of which model the blob is known."""
     authorization: str | None = field(repr=False)
     """What the registry would be shown."""
     hops: int = 0
@@ -118,9 +121,9 @@ class PeerClient:
 
     # -- what others ask of this node --------------------------------------------------------------
 
-    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+    def owns(self, deal: Deal, wanted: Range, chunk_size: int) -> bool:
         """See :meth:`fetcher.peers.members.Members.owns`."""
-        return self.members.owns(blob, wanted, chunk_size)
+        return self.members.owns(deal, wanted, chunk_size)
 
     def asked(self, blob: Digest) -> None:
         """A member wants some of a blob that this node is to fetch: it may be worth a look."""
@@ -208,6 +211,8 @@ class PeerClient:
             protocol.CHUNK: str(request.chunk_size),
             protocol.LAYER: request.blob.media_type,
         }
+        if request.position is not None:
+            headers[protocol.MODEL] = f"{request.position.model} {request.position.index}"
         if request.ready:
             headers[protocol.READY] = "1"
         if request.urgent:

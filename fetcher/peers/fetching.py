@@ -27,6 +27,7 @@ from fetcher.network_errors import retry_after
 from fetcher.peers import protocol
 from fetcher.peers.choice import BlobChoice, Flow, Help, Pick
 from fetcher.peers.client import PeerRequest
+from fetcher.peers.owners import Deal
 from fetcher.peers.protocol import Have
 from fetcher.peers.samples import samples, sent_by
 from fetcher.peers.strands import Cut, Rope
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from fetcher.chunk_digests import BlobChunks
+    from fetcher.modelpack import Position
     from fetcher.oci import Descriptor, Reference
     from fetcher.pacing import Pacing
     from fetcher.peers.client import PeerClient
@@ -68,6 +70,14 @@ class AskingHosts(Protocol):
     @property
     def hops(self) -> int:
         """How many members the wish for the blob came through."""
+
+    @property
+    def position(self) -> Position | None:
+        """Which layer of which model the blob is, where that is known."""
+
+    @property
+    def adopted(self) -> set[int]:
+        """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
 
     @property
     def hearsay(self) -> BlobChunks | None:
@@ -170,7 +180,22 @@ class PeerFetching:
                 self._client.members,
                 self._client.standings,
                 self._client.settings.appetite,
+                Deal.of(self._blob.digest, self._hosts.position),
             )
+            for start in self._hosts.adopted:
+                self._choice.adopt(start // partial.chunk_size)
+
+    def adopt(self, start: int) -> None:
+        """Fetch the chunk that begins with this byte from mirrors and the registry. Who was asked
+        for it and has not answered may wait for this node.
+        """
+        if self._choice is None:
+            return
+        chunk = start // self._choice.chunk_size
+        self._choice.adopt(chunk)
+        for flow in self._works:
+            if flow.pick.chunk == chunk and flow.pick.member is not None and not flow.status:
+                flow.scope.cancel()
 
     @property
     def _chosen(self) -> BlobChoice:
@@ -305,6 +330,7 @@ class PeerFetching:
             self._blob,
             wanted,
             choice.chunk_size,
+            self._hosts.position,
             authorization,
             hops=self._hosts.hops,
             # nobody who waits for us may be waited for: see protocol.READY

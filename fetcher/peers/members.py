@@ -7,12 +7,11 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from fetcher.peers.owners import Member, Owners
+from fetcher.peers.owners import Deal, Member, Owners
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from fetcher.oci import Digest
     from fetcher.ranges import Range
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 MAX_MEMBERS: Final = 20_000
 """More than a cluster has nodes: what discovery is told must not fill the memory."""
 _MAX_OWNERS: Final = 128
-"""Blobs whose owners are kept; of 5,000 members each takes a few hundred KiB."""
+"""Orders that are kept; of 5,000 members each takes a few hundred KiB."""
 
 
 class Members:
@@ -88,23 +87,23 @@ class Members:
         found = self._members.get(name)
         return found if found != self.myself else None
 
-    def owners(self, blob: Digest | str) -> Owners:
-        """The owners of a blob's chunks."""
-        key = str(blob)
-        found = self._owners.get(key)
+    def owners(self, order: str) -> Owners:
+        """The owners of chunks that are dealt out along an order; see :class:`Deal`."""
+        found = self._owners.get(order)
         if found is None:
-            found = self._owners[key] = Owners(key, self._members.values())
+            found = self._owners[order] = Owners(order, self._members.values())
             if len(self._owners) > _MAX_OWNERS:
                 self._owners.popitem(last=False)
         else:
-            self._owners.move_to_end(key)
+            self._owners.move_to_end(order)
         return found
 
-    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+    def owns(self, deal: Deal, wanted: Range, chunk_size: int) -> bool:
         """Whether this node fetches for others what ``wanted`` begins in, when it lacks it.
 
-        ``chunk_size`` is the asker's: chunks are dealt out by their number.
+        ``deal`` and ``chunk_size`` are the asker's: chunks are dealt out by their number.
         """
         if not self.serves:
             return False
-        return self.owners(blob).fills(self.myself, wanted.start // chunk_size)
+        number = deal.first + wanted.start // chunk_size
+        return self.owners(deal.order).fills(self.myself, number)

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from fetcher.modelpack import Position
+    from fetcher.oci import Digest
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -32,9 +35,27 @@ class Member:
     zone: str = ""
 
 
-def order(blob: str, members: Iterable[Member]) -> list[Member]:
-    """The members in the order along which the chunks of ``blob`` are dealt out."""
-    seed = hashlib.sha256(blob.encode() + b"\0")
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Along which order of the members the chunks of a blob are dealt out, and from whom on."""
+
+    order: str
+    """What the order is made of: the model's digest, or the blob's where that is not known."""
+    first: int = 0
+    """The place in the order, counted round and round, of who is dealt the first chunk."""
+
+    @classmethod
+    def of(cls, blob: Digest, position: Position | None) -> Deal:
+        """As all do who know the blob as this layer of a model, or by itself.
+
+        Blobs of one chunk are dealt out evenly by that, too: each goes to another member.
+        """
+        return cls(str(blob)) if position is None else cls(str(position.model), position.index)
+
+
+def order(seed_text: str, members: Iterable[Member]) -> list[Member]:
+    """The members in the order that is made of ``seed_text``."""
+    seed = hashlib.sha256(seed_text.encode() + b"\0")
 
     def place(member: Member) -> bytes:
         hasher = seed.copy()
@@ -47,8 +68,9 @@ def order(blob: str, members: Iterable[Member]) -> list[Member]:
 class Owners:
     """The owners of one blob's chunks, as long as the members stay the same."""
 
-    def __init__(self, blob: str, members: Iterable[Member]) -> None:
-        self._order = order(blob, members)
+    def __init__(self, seed_text: str, members: Iterable[Member]) -> None:
+        """Of chunks that are dealt out along the order that is made of ``seed_text``."""
+        self._order = order(seed_text, members)
         self._zones: dict[str, list[int]] = {}
         """By zone, the places of its members in the order."""
         for place, one in enumerate(self._order):

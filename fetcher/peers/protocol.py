@@ -28,6 +28,10 @@ LAYER: Final = "Model-CSI-Layer"
 """Of a request: the media type that the manifest gives the blob, by which it is laid out."""
 CHUNK: Final = "Model-CSI-Chunk"
 """Of a request: the bytes of a chunk for who asks; its chunks are what owners are dealt."""
+MODEL: Final = "Model-CSI-Model"
+"""Of a request: ``<digest of a manifest> <index of a layer in it>``, as which the asker knows the
+blob. It says how chunks are dealt out; see :class:`fetcher.peers.owners.Deal`.
+"""
 READY: Final = "Model-CSI-Ready"
 """Of a request: only what is there whole is wanted, neither filled in nor passed on as it arrives.
 

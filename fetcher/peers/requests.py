@@ -22,8 +22,10 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
+from fetcher.modelpack import Position
 from fetcher.oci import DOCKER_HUB, HUB_HOSTS, Digest, Reference
 from fetcher.peers import protocol
+from fetcher.peers.owners import Deal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,6 +86,8 @@ class Asked:
     """The blob's media type, by the asker's word."""
     chunk_size: int
     """Of the asker; 0 where it does not say it."""
+    position: Position | None = None
+    """As which layer of which model the asker knows the blob."""
     ready: bool = False
     """Only what is there whole is wanted."""
     urgent: bool = False
@@ -99,6 +103,11 @@ class Asked:
         if self.reference.digest is None:
             raise Refusal(400, "DIGEST_INVALID", f"{self.kind} are asked for by digest")
         return self.reference.digest
+
+    @property
+    def deal(self) -> Deal:
+        """How the blob's chunks are dealt out by the asker's count."""
+        return Deal.of(self.digest, self.position)
 
 
 def read(request: Request, namespace: str) -> Asked | None:
@@ -137,6 +146,7 @@ def read(request: Request, namespace: str) -> Asked | None:
         range="" if "if-range" in headers else headers.get("range", ""),
         layer=headers.get(protocol.LAYER.lower(), ""),
         chunk_size=_number(headers.get(protocol.CHUNK.lower(), ""), 10) or 0,
+        position=_position(headers.get(protocol.MODEL.lower(), "")),
         ready=protocol.READY.lower() in headers,
         urgent=protocol.URGENT.lower() in headers,
         spare=_number(headers.get(protocol.SPARE.lower(), ""), 5),
@@ -197,6 +207,18 @@ def _hops(text: str) -> int:
     hops = _number(text, 3)
     # who says nonsense gets no further
     return hops if hops is not None else protocol.MOST_HOPS if text else 0
+
+
+def _position(text: str) -> Position | None:
+    model, _, index = text.partition(" ")
+    number = _number(index, 6)
+    if number is None:
+        return None
+    try:
+        return Position(Digest.parse(model), number)
+    except InvalidArtifact:
+        # by itself: whoever asks another member with the same words is told the same
+        return None
 
 
 def _number(text: str, digits: int) -> int | None:

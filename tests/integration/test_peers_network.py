@@ -8,7 +8,9 @@ over: here it has to be far less than what as many nodes would fetch without pee
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import os
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,8 +18,11 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from fetcher.modelpack import Kind
+from fetcher.peers.owners import Member, Owners
 from tests.support.cluster import Cluster, Model, Node, Race, cluster, publish_chunk_digests
 from tests.support.commands import ModelCsi
+from tests.support.models import ModelBuilder
 from tests.support.processors import Busy
 from tests.support.sources import weights
 from tests.support.token_server import PASSWORD
@@ -123,6 +128,40 @@ def test_many_small_layers_are_fetched_once(
     model = push(registry, "peers/small", *[CHUNK // 4] * 32)
     ran = compete(made, nodes, model, pod="small")
     assert 1 <= ran.sent <= ran.bar(1.2, 2)
+
+
+def sharing(registry: RegistryServer, nodes: list[Node], data: bytes, owner: Node) -> Model:
+    """A model with these weights, of whose first chunk ``owner`` is the home."""
+    members = [Member(one.name, "") for one in nodes]
+    for number in itertools.count():
+        builder, readme = ModelBuilder(), f"number {number}\n".encode()
+        builder.add_raw("weights.bin", data)
+        builder.add_raw("README.md", readme, Kind.DOC)
+        home = Owners(str(builder.manifest().digest), members).home(0)
+        if home is not None and home.name == owner.name:
+            repository = f"peers/sharing-{owner.name}"
+            builder.push(registry, repository, "v1")
+            return Model.of(repository, {"weights.bin": data, "README.md": readme})
+    raise AssertionError
+
+
+def test_models_that_share_a_blob_do_not_wait_for_each_other(registry: RegistryServer) -> None:
+    """Each of two nodes owns by the other's model what it is to ask that one for by its own."""
+    data = os.urandom(12 * CHUNK)
+    with cluster(registry) as made:
+        nodes = peers(made, 2)
+        models = {
+            one.name: sharing(registry, nodes, data, other)
+            for one, other in itertools.permutations(nodes, 2)
+        }
+        run = Race(nodes, lambda node: node.publish(made.reference(models[node.name])))
+        run.run()
+        for node in nodes:
+            assert not run.errors, node.log
+            assert node.shows("one") == models[node.name].digests
+            # nobody was left alone for having let the other one wait
+            assert "not asked again" not in node.log
+        assert made.registry.counts.total <= 2.2 * len(data)
 
 
 def test_who_comes_last_gets_everything_from_the_others(registry: RegistryServer) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fetcher.peers.choice import Appetite, BlobChoice, Flow, Pick
 from fetcher.peers.members import Members
-from fetcher.peers.owners import Member
+from fetcher.peers.owners import Deal, Member
 from fetcher.peers.protocol import Have
 from fetcher.peers.standings import Standings
 from tests.simulate.network import Network
@@ -116,8 +116,11 @@ class Node:
                 self.members,
                 self.standings,
                 scenario.appetite,
+                deal,
             )
-            for digest, size in zip(cluster.digests, scenario.blobs, strict=True)
+            for digest, size, deal in zip(
+                cluster.digests, scenario.blobs, cluster.deals, strict=True
+            )
         ]
         self._todo = {
             blob: list(range(-(-size // scenario.chunk)))
@@ -268,8 +271,8 @@ class Node:
         found = self.chunks.get((blob, chunk))
         if found is not None and found.is_complete:
             return found
-        owners = self.members.owners(self.cluster.digests[blob])
-        is_ours = owners.fills(self.member, chunk)
+        deal = self.cluster.deals[blob]
+        is_ours = self.members.owners(deal.order).fills(self.member, deal.first + chunk)
         if found is not None and passed_on:
             has_begun = self.cluster.network.there[found.place] > 0
             return found if has_begun or is_ours else None
@@ -356,6 +359,7 @@ class Cluster:
         links[count] = scenario.registry * MBIT
         self.network = Network(links, links.copy(), scenario.unfairness, scenario.seed)
         self.digests = [f"sha256:{scenario.seed:032x}{n:032x}" for n in range(len(scenario.blobs))]
+        self.deals = [Deal(f"sha256:{scenario.seed:064x}", n) for n in range(len(scenario.blobs))]
         found = [
             Member(f"node-{n}", f"10.0.0.{n}:1", f"zone-{n % scenario.zones}") for n in range(count)
         ]

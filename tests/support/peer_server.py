@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fetcher.jobs import Jobs
     from fetcher.oci import Digest
     from fetcher.peers.blobs import Ownership
+    from fetcher.peers.owners import Deal
     from fetcher.ranges import Range
     from fetcher.store import Limits, Store
 
@@ -46,7 +47,7 @@ class OwnsAll:
         """``fetches`` says that bytes of what it fetches come all the time."""
         self._fetches = fetches
 
-    def owns(self, blob: Digest, wanted: Range, chunk_size: int) -> bool:
+    def owns(self, deal: Deal, wanted: Range, chunk_size: int) -> bool:
         return True
 
     def asked(self, blob: Digest) -> None:

@@ -38,6 +38,14 @@ def begun(choice: BlobChoice, chunks: list[int], now: float) -> Pick:
     return found
 
 
+def test_a_chunk_that_is_adopted_is_this_nodes_own() -> None:
+    choice = choice_of()
+    chunk = next(one for one in range(COUNT) if choice.line(one))
+    choice.adopt(chunk)
+    assert not choice.line(chunk)
+    assert choice.again(chunk, 0.0) == Pick(chunk, None)
+
+
 def test_one_member_is_asked_for_the_last_chunk_of_its_own() -> None:
     choice = choice_of()
     mine = own(choice)

@@ -17,8 +17,10 @@ from fetcher.errors import (
     Unauthenticated,
     Unavailable,
 )
+from fetcher.modelpack import Position
 from fetcher.oci import Digest
 from fetcher.peers import requests
+from fetcher.peers.owners import Deal
 from fetcher.peers.protocol import MAX_HAVE_CHARACTERS, MOST_HOPS, Have
 from fetcher.peers.requests import Refusal, Request
 from fetcher.peers.uploads import Handed, Uploads
@@ -124,6 +126,20 @@ def test_hops_that_are_nonsense_go_no_further() -> None:
         asked = read(target, model_csi_hops=text)
         assert asked is not None
         assert asked.hops == MOST_HOPS
+
+
+def test_the_model_that_a_blob_is_asked_for_as_a_layer_of() -> None:
+    """By that its chunks are dealt out; where it makes no sense, as those of the blob alone."""
+    target, model = f"/v2/a/blobs/{BLOB}?ns={NS}", Digest.of(b"manifest")
+    asked = read(target, model_csi_model=f"{model} 17")
+    assert asked is not None
+    assert asked.position == Position(model, 17)
+    assert asked.deal == Deal(str(model), 17)
+    for text in ("", "17", f"{model}", f"{model} x", f"{model} -1", f"{model} 1234567", "a 1"):
+        asked = read(target, model_csi_model=text)
+        assert asked is not None
+        assert asked.position is None
+        assert asked.deal == Deal(str(BLOB))
 
 
 def test_a_condition_on_a_range_gets_everything() -> None:

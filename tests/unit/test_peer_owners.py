@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fetcher.peers.owners import Member, Owners, order
+from fetcher.modelpack import Position
+from fetcher.oci import Digest
+from fetcher.peers.owners import Deal, Member, Owners, order
 
 BLOB = "sha256:" + "ab" * 32
 
@@ -37,6 +39,23 @@ def test_shares_differ_by_one_chunk_at_most(nodes: list[Member], chunks: int) ->
     homes = Counter(owners.home(chunk) for chunk in range(chunks))
     shares = [homes[one] for one in nodes]
     assert max(shares) - min(shares) <= 1
+
+
+@given(clusters, st.integers(1, 40), st.integers(1, 3))
+def test_many_small_blobs_of_a_model_are_dealt_out_evenly(
+    nodes: list[Member], blobs: int, count: int
+) -> None:
+    model, homes = Digest.of(b"model"), Counter[Member | None]()
+    for index in range(blobs):
+        deal = Deal.of(Digest.of(b"%d" % index), Position(model, index))
+        owners = Owners(deal.order, nodes)
+        homes.update(owners.home(deal.first + chunk) for chunk in range(count))
+    shares = [homes[one] for one in nodes]
+    assert max(shares) - min(shares) <= count
+
+
+def test_a_blob_without_a_model_is_dealt_out_by_itself() -> None:
+    assert Deal.of(Digest.parse(BLOB), None) == Deal(BLOB)
 
 
 @given(clusters, st.integers(1, 5))
