@@ -345,7 +345,9 @@ class BlobChoice:
         return not sent_away and not self.standings.is_busy(member.name, now)
 
     def _is_free(self, member: Member) -> bool:
-        return self.standings.of(member.name).under_way < self.appetite.of_one_peer
+        one = self.standings.of(member.name)
+        # who has never answered may be gone, or has to begin itself: another one would wait, too
+        return one.under_way < (self.appetite.of_one_peer if one.latency else 1)
 
     def _may_ask_registry(self) -> bool:
         return self.standings.of_registry < self._of_registry

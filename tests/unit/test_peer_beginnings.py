@@ -46,6 +46,19 @@ def test_a_chunk_that_is_adopted_is_this_nodes_own() -> None:
     assert choice.again(chunk, 0.0) == Pick(chunk, None)
 
 
+def test_each_member_is_asked_for_one_chunk_until_it_has_answered() -> None:
+    choice = choice_of()
+    wanted = [one for one in range(COUNT) if choice.line(one)]
+    first = [begun(choice, wanted, 0.0).member for _ in range(7)]
+    assert len(set(first)) == 7
+    assert choice.next(wanted, 0.0) is None
+    [answering, *_] = first
+    assert answering is not None
+    choice.standings.answered(answering.name, 0.1)
+    assert begun(choice, wanted, 0.1).member == answering
+    assert choice.next(wanted, 0.1) is None
+
+
 def test_one_member_is_asked_for_the_last_chunk_of_its_own() -> None:
     choice = choice_of()
     mine = own(choice)
@@ -123,6 +136,8 @@ def test_requests_are_spread_over_owners_and_past_chunks_that_they_lack() -> Non
     lacked = [one for one in left if choice.line(one)[0] == owner][:3]
     for one in lacked:
         choice.lacks(owner, one, 0.0)
+    for member in choice.members.nearby:
+        choice.standings.answered(member.name, 0.1)
     asked = [begun(choice, left, 0.1) for _ in range(10)]
     counts: dict[str, int] = {}
     for pick in asked:
