@@ -57,6 +57,8 @@ _STILL_SECONDS: Final = 1.0
 """Without a byte: somebody else brings all of the rest, however little that is."""
 _GIVEN_UP_SECONDS: Final = 2.5
 """The same, where no peer can: mirrors and the registry do."""
+_MOST_GIVEN_UP_SECONDS: Final = 5.0
+"""The same, however large the zone is."""
 _MOST_PARTS: Final = 4
 """Requests that bring one chunk."""
 
@@ -409,8 +411,14 @@ class BlobChoice:
         member = self._helper(flow, flows, now)
         seconds = now - max(flow.moved_at, flow.since)
         # before the first byte it may wait for the registry itself, as would this node
-        is_over = flow.got > 0 and seconds >= _GIVEN_UP_SECONDS
+        is_over = flow.got > 0 and seconds >= self._given_up_after
         return Help(flow, member, flow.left) if member or is_over else None
+
+    @property
+    def _given_up_after(self) -> float:
+        # in a crowd what is passed on from hand to hand comes in fits and starts
+        crowd = len(self.members.nearby) / _CROWD
+        return min(_GIVEN_UP_SECONDS + crowd, _MOST_GIVEN_UP_SECONDS)
 
     def _helper(self, flow: Flow, flows: Sequence[Flow], now: float) -> Member | None:
         chunk = flow.pick.chunk

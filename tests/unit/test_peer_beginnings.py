@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from fetcher.peers.beginnings import Beginnings
-from fetcher.peers.choice import BlobChoice, Pick
+from fetcher.peers.choice import BlobChoice, Flow, Help, Pick
 from fetcher.peers.members import Members
 from fetcher.peers.owners import Member
 from fetcher.peers.protocol import Have
@@ -19,10 +19,10 @@ BLOB = f"sha256:{7:064x}"
 OTHER = f"sha256:{8:064x}"
 
 
-def choice_of(blob: str = BLOB, standings: Standings | None = None) -> BlobChoice:
-    """The first of eight nodes."""
+def choice_of(blob: str = BLOB, standings: Standings | None = None, nodes: int = 8) -> BlobChoice:
+    """The first of some nodes."""
     members = Members("node-0")
-    members.replace(Member(f"node-{n}", f"10.0.0.{n}:1") for n in range(8))
+    members.replace(Member(f"node-{n}", f"10.0.0.{n}:1") for n in range(nodes))
     return BlobChoice(blob, CHUNK, COUNT * CHUNK, members, standings or Standings())
 
 
@@ -147,3 +147,17 @@ def test_requests_are_spread_over_owners_and_past_chunks_that_they_lack() -> Non
             assert pick.member != owner
     assert len(counts) == 7
     assert max(counts.values()) == 2
+
+
+@pytest.mark.parametrize(("nodes", "seconds"), [(8, 2.65), (1000, 5.0)])
+def test_what_fell_silent_comes_from_the_registry_where_nobody_can_help(
+    nodes: int, seconds: float
+) -> None:
+    """Later in a crowd, where what is passed on comes in fits and starts."""
+    choice = choice_of(nodes=nodes)
+    # nobody is asked who may have it or not
+    choice.standings.guessed_at, choice.standings.guess_pause = 0.0, 60.0
+    chunk = next(one for one in range(COUNT) if choice.line(one))
+    flow = Flow(Pick(chunk, choice.line(chunk)[0]), 0.0, got=10, left=CHUNK - 10, moved_at=0.1)
+    assert choice.help([flow], seconds) is None
+    assert choice.help([flow], seconds + 0.2) == Help(flow, None, CHUNK - 10)
