@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.bench.graph import Axis, Line, draw
+from tests.bench.measure import MIB, touch_memory
 from tests.bench.models import Case, push
 from tests.support.cluster import Cluster, Model, Node, Race, cluster, publish_chunk_digests
 from tests.support.commands import wait_until
@@ -118,6 +119,8 @@ def run(upstream: RegistryServer, model: Model, scenario: Scenario, mbit: float)
                 for node in lost:
                     node.driver.end(signal.SIGKILL)
 
+        # what every node keeps of the model, and what passes through sockets
+        touch_memory(len(nodes) * model.size + 512 * MIB)
         egress, busy = made.egress, Busy()
         race = Race(nodes, lambda node: _take_part(node, reference, lazy=scenario.lazy))
         race.run(disturb)
