@@ -123,7 +123,7 @@ class Wanted(Protocol):
     chunks: KnownList | None
     """What proves single chunks, if anything does."""
     adopted: set[int]
-    """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
+    """Chunks that this node fetches itself, whoever owns them."""
 
     @property
     def source(self) -> Source:
@@ -215,11 +215,16 @@ class Download:
         self._changed.set()
         self._changed = trio.Event()
 
-    def adopt(self, start: int) -> None:
-        """Another chunk is to be fetched by this node itself, whoever owns it."""
+    def adopt(self, chunks: Iterable[int]) -> None:
+        """These chunks are to be fetched by this node itself, whoever owns them."""
         if self._peers is not None:
-            self._peers.adopt(start)
+            self._peers.adopt(chunks)
             self.wake()
+
+    def is_own(self, start: int) -> bool:
+        """Whether the chunk with this byte is fetched without waiting for another member."""
+        peers = self._peers if self._asks_peers else None
+        return peers is None or peers.is_own(start)
 
     def hurry(self, demands: Iterable[Demand]) -> None:
         """What is under way has become more urgent."""
@@ -517,7 +522,7 @@ class Download:
 
     @property
     def adopted(self) -> set[int]:
-        """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
+        """Chunks that this node fetches itself, whoever owns them."""
         return self._wanted.adopted
 
     @property

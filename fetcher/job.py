@@ -71,7 +71,7 @@ class Job:
         self.deal = Deal.of(layer.descriptor.digest, layer.position)
         """How its chunks are dealt out among peers."""
         self.adopted: set[int] = set()
-        """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
+        """Chunks that this node fetches itself, whoever owns them."""
         self.place = NO_PLACE
         """Of the blob in the manifest that it is fetched for; peers are asked in this order."""
         self.scope = trio.CancelScope()
@@ -340,13 +340,22 @@ class Job:
                 # it was just closed: the job ends, or begins anew
                 await self.change()
 
-    def adopt(self, start: int) -> None:
-        """Fetch the chunk that begins with this byte from mirrors and the registry, whoever owns it
-        by this node's count.
+    def adopt(self, part: Range) -> None:
+        """Fetch the chunks of ``part`` from mirrors and the registry, whoever owns them by this
+        node's count. The blob is open.
         """
-        self.adopted.add(start)
-        if self._download is not None:
-            self._download.adopt(start)
+        if self.partial is None or self._download is None:
+            return
+        chunks = set(self.partial.chunks(part)) - self.adopted
+        self.adopted |= chunks
+        if chunks:
+            self._download.adopt(chunks)
+
+    def is_own(self, start: int) -> bool:
+        """Whether the chunk with this byte is fetched from mirrors and the registry, without
+        waiting for another member.
+        """
+        return self._download is not None and self._download.is_own(start)
 
     # -- what comes --------------------------------------------------------------------------------
 

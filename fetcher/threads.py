@@ -102,13 +102,16 @@ class _KeptThreads:
             inbox.put((work, deliver))
 
     def _serve(self, inbox: _Inbox) -> None:
-        while not self._is_over and (job := inbox.get()) is not None:
+        while (job := inbox.get()) is not None:
             work, deliver = job
             result = outcome.capture(work)
             # nothing is held while it waits, nor while somebody goes on with the result
             del job, work
             # before it is delivered: what follows from it may come back to this thread
             self._waiting.append(inbox)
+            if self._is_over:
+                # also of this one; a job that came in between is still done
+                self.end()
             deliver(result)
             del deliver, result
 

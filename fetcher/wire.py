@@ -21,8 +21,6 @@ _HEAD_BYTES: Final = 16 * 1024
 _GATHER_BYTES: Final = 256 * 1024
 """So many bytes are waited for, for a moment: each write costs Python some microseconds."""
 MAX_HEADER_BYTES: Final = 64 * 1024
-_MOST_INTERIM: Final = 32
-"""Interim answers that are a reason to wait on: who sends them is there, but may have no end."""
 
 
 class TooLong(h11.RemoteProtocolError):
@@ -85,8 +83,7 @@ class Wire:
             if event is not h11.NEED_DATA:
                 # an interim answer: it says that the other side waits for something itself
                 interim += 1
-                if interim <= _MOST_INTERIM:
-                    watch.renew()
+                watch.put_off()
                 continue
             count = self._stream.read(buffer, watch)
             if not count and not self._head_bytes:

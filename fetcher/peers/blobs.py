@@ -230,11 +230,15 @@ class Blobs:
         asked = wish.asked
         layer = blob_layer(asked.digest, wish.size, asked.layer, asked.position)
         async with self._fills.filling(wish.asker, layer) as job:
-            if asked.member and job.deal != asked.deal:
-                # by this node's own count it may be somebody else's, who asks this one in turn
-                job.adopt(wish.part.start)
             passing = self._passing(wish, job)
-            wanting = self._fills.wanting(job, wish.part, passing.look, urgent=wish.asked.urgent)
+            wanting = self._fills.wanting(
+                job,
+                wish.part,
+                passing.look,
+                urgent=asked.urgent,
+                # by this node's own count it may be somebody else's, who asks this one in turn
+                adopts=bool(asked.member) and job.deal != asked.deal,
+            )
             with wanting as passing.wanting:
                 await self._pass_on(connection, wish, passing, left)
 
@@ -247,8 +251,12 @@ class Blobs:
         """Answer with a part, as soon as its first byte is there, and as it arrives."""
 
         async def put_off() -> None:
-            # a member that hears nothing turns to the registry, though what it wants is on its way
-            if wish.asked.member and self._ownership.is_fetching():
+            # a member that hears nothing turns to the registry, though what it wants is on its way.
+            # not where this node waits for another one, which may wait for it in turn
+            asked = wish.asked
+            job = self._jobs.running(asked.digest) if asked.member and not asked.urgent else None
+            is_own = job is not None and job.is_own(wish.part.start)
+            if is_own and self._ownership.is_fetching():
                 await connection.put_off()
 
         found = await passing.begun(put_off)

@@ -99,7 +99,6 @@ class Flow:
 
     pick: Pick
     since: float
-    """From when on it counts how long it takes."""
     got: int = 0
     """Bytes that it has brought."""
     left: int = 0
@@ -349,7 +348,7 @@ class BlobChoice:
     def _is_free(self, member: Member) -> bool:
         one = self.standings.of(member.name)
         # who has never answered may be gone, or has to begin itself: another one would wait, too
-        return one.under_way < (self.appetite.of_one_peer if one.latency else 1)
+        return one.under_way < (self.appetite.of_one_peer if one.has_answered else 1)
 
     def _may_ask_registry(self) -> bool:
         return self.standings.of_registry < self._of_registry
@@ -547,14 +546,15 @@ class BlobChoice:
             self._lines[chunk] = found
         return found
 
-    def adopt(self, chunk: int) -> None:
-        """Fetch a chunk for others from mirrors and the registry, whoever owns it otherwise.
+    def adopt(self, chunks: Iterable[int]) -> None:
+        """Fetch these chunks for others from mirrors and the registry, whoever owns them otherwise.
 
         Two models may have the blob, and deal it out differently: two nodes, each of which owns
         the chunk by the other one's count, would wait for each other.
         """
-        self._adopted.add(chunk)
-        self._lines.pop(chunk, None)
+        for chunk in chunks:
+            self._adopted.add(chunk)
+            self._lines.pop(chunk, None)
 
     @property
     def _deal(self) -> Deal:

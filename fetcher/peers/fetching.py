@@ -77,7 +77,7 @@ class AskingHosts(Protocol):
 
     @property
     def adopted(self) -> set[int]:
-        """Bytes with which chunks begin that this node fetches itself, whoever owns them."""
+        """Chunks that this node fetches itself, whoever owns them."""
 
     @property
     def hearsay(self) -> BlobChunks | None:
@@ -104,6 +104,8 @@ class _StrandFlow(Flow):
     """Of the answer, once there is one."""
     is_answered: bool = False
     """Whether bytes are on their way."""
+    was_put_off: bool = False
+    """Whether the other side said at first that it waits itself: how long it took says nothing."""
     counted: int = 0
     """Bytes that are counted in the node's harvest."""
     other: str = ""
@@ -182,20 +184,26 @@ class PeerFetching:
                 self._client.settings.appetite,
                 Deal.of(self._blob.digest, self._hosts.position),
             )
-            for start in self._hosts.adopted:
-                self._choice.adopt(start // partial.chunk_size)
+            self._choice.adopt(self._hosts.adopted)
 
-    def adopt(self, start: int) -> None:
-        """Fetch the chunk that begins with this byte from mirrors and the registry. Who was asked
-        for it and has not answered may wait for this node.
+    def adopt(self, chunks: Iterable[int]) -> None:
+        """Fetch these chunks from mirrors and the registry. Who was asked for one and has not
+        answered may wait for this node.
         """
         if self._choice is None:
             return
-        chunk = start // self._choice.chunk_size
-        self._choice.adopt(chunk)
+        adopted = set(chunks)
+        self._choice.adopt(adopted)
         for flow in self._works:
-            if flow.pick.chunk == chunk and flow.pick.member is not None and not flow.status:
+            if flow.pick.chunk in adopted and flow.pick.member is not None and not flow.status:
                 flow.scope.cancel()
+
+    def is_own(self, start: int) -> bool:
+        """Whether the chunk with this byte is fetched from mirrors and the registry, without
+        waiting for another member.
+        """
+        choice = self._choice
+        return choice is not None and not choice.line(start // choice.chunk_size)
 
     @property
     def _chosen(self) -> BlobChoice:
@@ -295,7 +303,8 @@ class PeerFetching:
                 self._client.standings.guessed(found=flow.got > 0)
             now = trio.current_time()
             name = None if pick.member is None else pick.member.name
-            self._client.standings.measured(name, flow.got, now - flow.since, now)
+            if not flow.was_put_off:
+                self._client.standings.measured(name, flow.got, now - flow.since, now)
             self._count(flow, now)
             if flow.is_answered:
                 self._client.standings.harvest.answering -= 1
@@ -375,11 +384,12 @@ class PeerFetching:
         """A member's answer begins; what it says that it has."""
         flow.status, headers = head.status, head.headers
         standings, now = self._client.standings, trio.current_time()
-        if head.interim:
-            # until now the other side waited itself, and said so: that does not make it slow
-            flow.since = now
+        flow.was_put_off = head.interim > 0
+        if flow.was_put_off:
+            flow.looked_at = now
         if head.status < 400:
-            standings.answered(member.name, now - flow.since)
+            # while the other side waited itself, and said so, it was not slow
+            standings.answered(member.name, None if flow.was_put_off else now - flow.since)
             standings.served_at = now
             if flow in self._works and not flow.is_answered:
                 flow.is_answered = True
@@ -404,6 +414,10 @@ class PeerFetching:
                 choice.named(member, chunk, flow.other, now)
             if flow.pause is not None or not flow.other:
                 standings.busy(member.name, now, flow.pause)
+        elif flow.status == 503 and flow.was_put_off:
+            # it was waited for long enough
+            logger.debug("%s", error.message)
+            choice.silent(member, chunk, now)
         elif flow.status == 503:
             # its own word: what keeps it is not that it is broken
             logger.debug("%s", error.message)

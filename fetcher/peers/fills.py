@@ -136,26 +136,41 @@ class Fills:
 
     @contextlib.contextmanager
     def wanting(
-        self, job: Job, part: Range, ended: Callable[[], None], *, urgent: bool = False
+        self,
+        job: Job,
+        part: Range,
+        ended: Callable[[], None],
+        *,
+        urgent: bool = False,
+        adopts: bool = False,
     ) -> Iterator[Wanting]:
         """Have ``part`` fetched inside the block, before what nobody waits for; ``urgent`` as what
-        a pod of this node waits for.
+        a pod of this node waits for; ``adopts`` says that it is this node's
+        to fetch, whatever its own count of owners is.
 
         ``ended`` is called when it is there, or has failed.
         """
         wanting = Wanting()
-        self._nursery.start_soon(self._want, job, part, wanting, ended, urgent)
+        self._nursery.start_soon(self._want, job, part, wanting, ended, urgent, adopts)
         try:
             yield wanting
         finally:
             wanting.scope.cancel()
 
     async def _want(
-        self, job: Job, part: Range, wanting: Wanting, ended: Callable[[], None], urgent: bool
+        self,
+        job: Job,
+        part: Range,
+        wanting: Wanting,
+        ended: Callable[[], None],
+        urgent: bool,
+        adopts: bool,
     ) -> None:
         try:
             with wanting.scope:
                 await self._reserve(job, part)
+                if adopts:
+                    job.adopt(part)
                 await (job.want(part) if urgent else job.pass_on(part))
         except ModelError as error:
             wanting.failure = error

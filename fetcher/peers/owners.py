@@ -1,6 +1,6 @@
 """Who owns which chunk: computed by every node for itself from the members, with no I/O.
 
-The members come in an order of a hash of (blob, name), and the chunks of the blob are dealt out
+The members come in an order of a hash of (model, name), and the chunks of its layers are dealt out
 along it in turn: who gets a chunk there is its **home**, which asks mirrors and the registry. In
 each other zone one member is dealt the chunk, too: it asks the home, and the others of its zone ask
 it. So each chunk leaves the registry once and enters each zone once, and all shares are equal,
@@ -66,7 +66,7 @@ def order(seed_text: str, members: Iterable[Member]) -> list[Member]:
 
 
 class Owners:
-    """The owners of one blob's chunks, as long as the members stay the same."""
+    """The owners along one order, as long as the members stay the same."""
 
     def __init__(self, seed_text: str, members: Iterable[Member]) -> None:
         """Of chunks that are dealt out along the order that is made of ``seed_text``."""

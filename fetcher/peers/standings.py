@@ -52,6 +52,8 @@ class Standing:
     load: int = 0
     """Uploads of which it told last, to whomever."""
     has_told: bool = False
+    has_answered: bool = False
+    """Whether it ever did."""
     latency: float = 0.0
     """Seconds to the first byte."""
     speed: float = 0.0
@@ -148,11 +150,14 @@ class Standings:
         one = self.of(name)
         one.load, one.has_told = min(load, _MOST_LOAD), True
 
-    def answered(self, name: str, seconds: float) -> None:
-        """Its first byte took so long. Whether the others come is to be seen."""
+    def answered(self, name: str, seconds: float | None) -> None:
+        """Its first byte took so long; None where it waited for it itself. Whether the others come
+        is to be seen.
+        """
         one = self.of(name)
-        one.busy_times = 0
-        one.latency = seconds if not one.latency else _blend(one.latency, seconds)
+        one.busy_times, one.has_answered = 0, True
+        if seconds is not None:
+            one.latency = seconds if not one.latency else _blend(one.latency, seconds)
 
     def succeeded(self, name: str) -> None:
         """It brought all that it was asked for: what was held against it is forgiven."""
@@ -233,7 +238,7 @@ class Standings:
         """
         one = self.of(name)
         one.silences += 1
-        return one.latency > 0 and not one.failures and one.silences <= _MOST_SILENCES
+        return one.has_answered and not one.failures and one.silences <= _MOST_SILENCES
 
     def busy(self, name: str, now: float, retry_after: float | None) -> None:
         """It has no room for another upload, and says for how long."""

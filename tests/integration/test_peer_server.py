@@ -197,12 +197,31 @@ def test_what_arrives_is_passed_on_at_once(
         trio.run(main, proxy)
 
 
-@pytest.mark.parametrize("member", ["Model-CSI-From: asker\r\n", ""])
-@pytest.mark.parametrize("fetches", [True, False])
+MEMBER = "Model-CSI-From: asker\r\n"
+
+
+@pytest.mark.parametrize(
+    ("fetches", "version", "headers", "is_told"),
+    [
+        (True, "1.1", MEMBER, True),
+        (True, "1.0", MEMBER, False),
+        (True, "1.1", "", False),
+        (True, "1.1", f"{MEMBER}Model-CSI-Urgent: 1\r\n", False),
+        (False, "1.1", MEMBER, False),
+    ],
+)
 def test_a_member_that_waits_for_its_turn_is_told_so(
-    fetches: bool, member: str, registry: RegistryServer, tmp_path: Path
+    *,
+    fetches: bool,
+    version: str,
+    headers: str,
+    is_told: bool,
+    registry: RegistryServer,
+    tmp_path: Path,
 ) -> None:
-    """Only while what goes before it comes: an owner that gets nothing is left for another."""
+    """Only while what goes before it comes: an owner that gets nothing is left for another. And
+    nobody for whom a pod waits is told to wait on.
+    """
     data = os.urandom(CHUNK)
     digest = registry.push_blob("peers/turn", data)
 
@@ -211,11 +230,11 @@ def test_a_member_that_waits_for_its_turn_is_told_so(
         async with peer_node(tmp_path / "root", setup) as node:
             stall = proxy.faults.stall = threading.Event()
             request = (
-                f"GET {node.blob_url('peers/turn', digest, proxy.address)} HTTP/1.1\r\n"
+                f"GET {node.blob_url('peers/turn', digest, proxy.address)} HTTP/{version}\r\n"
                 f"Host: x\r\nModel-CSI-Peer: {TOKEN}\r\nModel-CSI-Chunk: {CHUNK}\r\n"
-                f"Range: bytes=0-{CHUNK - 1}\r\n{member}\r\n"
+                f"Range: bytes=0-{CHUNK - 1}\r\n{headers}\r\n"
             )
-            got, is_told = b"", fetches and bool(member)
+            got = b""
             async with await trio.open_tcp_stream(*node.address) as stream:
                 await stream.send_all(request.encode())
                 with trio.move_on_after(20 if is_told else 2.5):

@@ -27,7 +27,6 @@ MIB: Final = 1024 * 1024
 _UPLOADS: Final = 32
 _HANDED: Final = 8
 _RETRY_AFTER: Final = 1.0
-_LATENCY: Final = 0.001
 _LOOK_SECONDS: Final = 0.2
 _MOST_TRIES: Final = 8
 """Requests of one node at one moment that are refused."""
@@ -248,7 +247,7 @@ class Node:
         self._handed.setdefault((blob, chunk), deque(maxlen=_HANDED)).append(asker.member.name)
         self.uploads += 1
         self.most_uploads = max(self.most_uploads, self.uploads)
-        asker.standings.answered(name, _LATENCY)
+        asker.standings.answered(name, 0.0)
         asker.standings.served_at = now
         return found
 

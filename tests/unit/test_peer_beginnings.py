@@ -41,7 +41,7 @@ def begun(choice: BlobChoice, chunks: list[int], now: float) -> Pick:
 def test_a_chunk_that_is_adopted_is_this_nodes_own() -> None:
     choice = choice_of()
     chunk = next(one for one in range(COUNT) if choice.line(one))
-    choice.adopt(chunk)
+    choice.adopt([chunk])
     assert not choice.line(chunk)
     assert choice.again(chunk, 0.0) == Pick(chunk, None)
 

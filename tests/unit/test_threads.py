@@ -169,6 +169,24 @@ def test_kept_threads_end_with_their_block_and_after_their_work() -> None:
     wait_until(lambda: not kept_names(), "the last one ends")
 
 
+def test_what_comes_when_kept_threads_end_is_still_done() -> None:
+    """The thread may not have come back from what it did before."""
+    done: list[int] = []
+
+    async def main() -> None:
+        for number in range(300):
+            async with trio.open_nursery() as nursery:
+                with kept_threads(1):
+                    assert await run_stoppable(lambda _: True)
+                    nursery.start_soon(run_stoppable, lambda _, number=number: done.append(number))
+                    # it has been handed over, and waits for its result
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.deadline = trio.current_time() + 20
+        assert done == list(range(300))
+
+    trio.run(main)
+
+
 def test_a_thread_that_waits_holds_nothing_of_what_it_ran() -> None:
     class Thing:
         pass
