@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from fetcher.oci import Reference
     from fetcher.store.database import Database
 
-RISKED_BYTES: Final = 64 * 1024 * 1024
-"""Of complete blobs, as long as what says that they are complete is not sure to be on the disk."""
-
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS blobs (
     digest TEXT PRIMARY KEY, size INTEGER NOT NULL, completed REAL NOT NULL) STRICT;
@@ -62,8 +59,6 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._hurried = 0
-        """Bytes of blobs whose records may be taken by a power loss."""
         database.connection.executescript(_TABLES)
         found = database.connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'proofs'")
         if found.fetchone() is None:
@@ -92,16 +87,8 @@ class Catalog:
     def add_blob(self, digest: Digest, size: int, name: str | None = None) -> None:
         """Record that a blob was verified and synchronised, and that it was seen to be had below
         ``name``, if that is given.
-
-        A power loss may take what was recorded last, of blobs of less than ``RISKED_BYTES`` in all:
-        they are fetched again then.
         """
-        self._hurried += size
-        if self._hurried < RISKED_BYTES:
-            transaction = self._database.quick_transaction
-        else:
-            transaction, self._hurried = self._database.transaction, 0
-        with transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?)", (str(digest), size, time.time())
             )
@@ -299,13 +286,6 @@ class Catalog:
     def add_proof(self, name: str, blob: Digest) -> None:
         """Record that a blob was seen to be had below a name."""
         with self._database.transaction() as connection:
-            _add_proof(connection, name, blob)
-
-    def add_fetched(self, name: str, blob: Digest) -> None:
-        """As :meth:`add_proof`, of a blob that was just fetched, for a model that is recorded next:
-        durable by then.
-        """
-        with self._database.quick_transaction() as connection:
             _add_proof(connection, name, blob)
 
     def is_proven(self, name: str, blob: Digest) -> bool:

@@ -1,9 +1,7 @@
 """``<root>/state.db``: the one SQLite database of a node.
 
-Write-ahead log. What any transaction wrote is there after the process was killed; what a durable
-one wrote is there after a power loss, with all that was written before it: a power loss takes
-nothing but the quick transactions after the last durable one. It is used from the trio thread only;
-every statement is short.
+Write-ahead log with full synchronisation: what a transaction wrote is there after a power loss. It
+is used from the trio thread only; every statement is short.
 """
 
 from __future__ import annotations
@@ -18,15 +16,9 @@ from fetcher.store.migrations import upgrade_from_1
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
 SCHEMA_VERSION: Final = 2
-_FULL: Final = "FULL"
-"""The log is put on the disk, all of it, with every commit."""
-_NORMAL: Final = "NORMAL"
-"""It is put there before it is written back, and otherwise when the kernel likes; after a power
-loss it is read up to the first commit that is not whole."""
 _CHECKPOINT_PAGES: Final = 128
 """After which the log is written back and begun anew: it counts to what the store may take."""
 
@@ -73,7 +65,6 @@ class Database:
         self._ballast.trim()
         try:
             self.connection = sqlite3.connect(path, isolation_level=None)
-            self._synchronous = ""
             self._prepare()
         except sqlite3.Error as error:
             raise _translated(error, path) from error
@@ -84,7 +75,9 @@ class Database:
         execute("PRAGMA auto_vacuum = INCREMENTAL")
         execute("PRAGMA journal_mode = WAL")
         execute(f"PRAGMA journal_size_limit = {BALLAST_BYTES}")
-        self._synchronise(_FULL)
+        # for every one: where a commit was not put on the disk at once, an fsync that fails later
+        # leaves a hole in the log, and what is behind the hole is not read again
+        execute("PRAGMA synchronous = FULL")
         execute("PRAGMA foreign_keys = ON")
         execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         (version,) = execute("PRAGMA user_version").fetchone()
@@ -110,23 +103,11 @@ class Database:
             self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self.connection.execute("VACUUM")
 
-    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """All of the block or nothing; durable when it returns. Not to be nested, no ``await``."""
-        return self._transaction(_FULL)
-
-    def quick_transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """As :meth:`transaction`, but durable only from the next durable one on, or earlier.
-
-        It waits for the disk only where the log is written back. For records that a power loss may
-        take, as what they say is found out, fetched or asked for again; never for a removal.
-        """
-        return self._transaction(_NORMAL)
-
     @contextlib.contextmanager
-    def _transaction(self, synchronous: str) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block or nothing; durable when it returns. Not to be nested, no ``await``."""
         self._ballast.trim()
         try:
-            self._synchronise(synchronous)
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
@@ -139,14 +120,6 @@ class Database:
                 self.connection.execute("ROLLBACK")
             raise _translated(error, self._path) from error
 
-    def _synchronise(self, synchronous: str) -> None:
-        """Have commits wait for the disk from now on, or not."""
-        if self._synchronous != synchronous:
-            # not `execute`, which may take a statement from its cache: this one does its work when
-            # it is compiled
-            self.connection.executescript(f"PRAGMA synchronous = {synchronous}")
-            self._synchronous = synchronous
-
     def shrink(self) -> bool:
         """Give the disk some of what the file has and does not need; whether there was anything.
 
@@ -156,7 +129,6 @@ class Database:
         if free < _CHECKPOINT_PAGES:
             return False
         self._ballast.trim()
-        self._synchronise(_FULL)
         with contextlib.suppress(sqlite3.OperationalError):
             # not `execute`, which would take the first step only: one page
             self.connection.executescript(f"PRAGMA incremental_vacuum({_CHECKPOINT_PAGES})")

@@ -126,7 +126,7 @@ class Holdings:
     def touch(self, names: Iterable[str]) -> None:
         """Note that unsettled contents were worked on until now."""
         now = time.time()
-        with self._database.quick_transaction() as connection:
+        with self._database.transaction() as connection:
             connection.executemany(
                 "UPDATE holdings SET worked = ? WHERE name = ? AND settled = 0",
                 [(now, name) for name in names],

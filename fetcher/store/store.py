@@ -189,23 +189,18 @@ class Store:
             return blob.size
         return max(blob.size - taken, 0)
 
-    def complete_blob(self, layer: Layer, name: str | None = None) -> None:
+    def complete_blob(self, layer: Layer, proven_name: str | None = None) -> None:
         """Record a blob that was verified and finished, and drop its chunk map; and that all of it
-        was had below ``name``, if that is given.
-
-        A kill takes nothing of that. A power loss may take the record of a small blob, and leave a
-        file that nothing says is right: :meth:`open_partial` begins it anew. So it costs no more
-        than :data:`fetcher.store.catalog.RISKED_BYTES`, and never a blob of a model that is
-        recorded.
+        was had below ``proven_name``, if that is given. Both are durable when it returns.
         """
         digest = layer.descriptor.digest
         if layer.packing is Packing.TAR:
             # its files are what there is of it now, and they are their own record
             self.blob_path(digest).unlink(missing_ok=True)
-            if name is not None:
-                self.catalog.add_fetched(name, digest)
+            if proven_name is not None:
+                self.catalog.add_proof(proven_name, digest)
         else:
-            self.catalog.add_blob(digest, layer.descriptor.size, name)
+            self.catalog.add_blob(digest, layer.descriptor.size, proven_name)
         self._chunks_path(digest).unlink(missing_ok=True)
 
     def discard_blob(self, digest: Digest) -> None:
