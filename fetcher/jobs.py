@@ -170,8 +170,7 @@ class Jobs:
                 download.judge_peers(hearsay_is_right=True)
                 self._store.complete_blob(job.layer, job.proven_name)
                 job.complete = True
-                # in a thread, as the disk may be busy: with its last descriptor the map goes
-                await run_stoppable(lambda _: partial.close())
+                await run_stoppable(lambda _: _close(job, partial))
             elif outcome.ending is Ending.WRONG and self._is_shown(partial):
                 partial.conclude(Verdict.SPOILED)
                 return Outcome(Ending.SPOILED)
@@ -350,6 +349,17 @@ def _opened(store: Store, job: Job, known: KnownList | None) -> PartialBlob:
     if known is not None and digests is not None and not partial.expect(digests, known.name):
         logger.info("blob %s was begun in other chunks than those with digests", digest)
     return partial
+
+
+def _close(job: Job, partial: PartialBlob) -> None:
+    """Close what is complete, in a thread: with the last descriptor of the map its blocks go, and
+    the disk may be busy.
+    """
+    try:
+        partial.close()
+    except OSError as error:
+        # all of it is on the disk and recorded
+        logger.warning("blob %s: closing its files: %s", job.layer.descriptor.digest, error)
 
 
 def _drop(partial: PartialBlob, chunks: Iterable[int], _: threading.Event) -> None:

@@ -685,5 +685,7 @@ class PartialBlob:
                 return
             self._closed = True
             self._arrival.wait_for(lambda: not self._readers)
-        self._place.close()
-        self._chunks.close()
+        try:
+            self._place.close()
+        finally:
+            self._chunks.close()

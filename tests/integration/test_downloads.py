@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from fetcher.credentials import Credentials, VolumeSecrets
 from fetcher.download import DownloadSettings
 from fetcher.errors import Unavailable
 from fetcher.registry import RegistrySettings
+from fetcher.store.places import WholeFile
 from fetcher.transport import TransferSettings
 from tests.support.models import ModelBuilder
 from tests.support.proxy import BlobAnswer, Faults, Proxy, serve_proxy
@@ -46,6 +49,16 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110 - threads and proxies have no event
             await trio.sleep(0.01)
+
+
+def open_files() -> list[str]:
+    """What the descriptors of this process are open on."""
+    found = []
+    for one in os.listdir("/proc/self/fd"):
+        # the listing's own is gone
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{one}"))
+    return found
 
 
 # Credentials
@@ -135,6 +148,31 @@ def test_a_registry_that_ignores_ranges_now_and_then_costs_little(
     in_node(tmp_path / "root", SETTINGS, work)
     assert not home.faults.wholes
     assert home.counts.total <= 1.1 * SIZE, home.counts.ranges
+
+
+def test_files_that_cannot_be_closed_properly_fail_no_complete_blob(
+    tmp_path: Path, registry: RegistryServer, home: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder, files = weights(4 * CHUNK)
+    builder.push(registry, "closing/failing", "v1")
+    close = WholeFile.close
+    failed: list[WholeFile] = []
+
+    def failing(place: WholeFile) -> None:
+        close(place)
+        failed.append(place)
+        # as close(2) may say
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(place.path))
+
+    monkeypatch.setattr(WholeFile, "close", failing)
+
+    async def work(node: Node) -> None:
+        assert shown(await node.pull(f"{home.address}/closing/failing:v1")) == files
+        assert len(failed) == 1
+        # neither the blob nor its map is open
+        assert not [one for one in open_files() if failed[0].path.name in one]
+
+    in_node(tmp_path / "root", SETTINGS, work)
 
 
 def test_half_a_chunk_of_an_earlier_process_may_be_wrong(
