@@ -7,6 +7,7 @@ time: what was found, and that nothing was, is remembered.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -30,6 +31,7 @@ from fetcher.store.lists import ListRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from fetcher.chunk_digests import BlobChunks
     from fetcher.credentials import Keychain
@@ -71,6 +73,9 @@ class KnownList:
 
 class AskingPeers(Protocol):
     """Lists of other members; :class:`fetcher.peers.lists.PeerLists` has them."""
+
+    def seeking(self, model: Model, chunk_size: int) -> AbstractContextManager[None]:
+        """Inside the block the registry is asked for a list of the model."""
 
     async def follow(
         self,
@@ -117,8 +122,11 @@ class ChunkLists:
         large = any(one.descriptor.size > self._chunk_size for one in model.layers)
         if not large or not is_available():
             return None
+        peers = self._peers
         try:
-            found = await self._find(reference, model, keychain)
+            seeking = peers.seeking(model, self._chunk_size) if peers else contextlib.nullcontext()
+            with seeking:
+                found = await self._find(reference, model, keychain)
         except ModelError as error:
             logger.info("no chunk digests of %s: %s", reference, error.message)
             self._miss(reference, model, _FAILED_SECONDS)

@@ -221,11 +221,6 @@ class Download:
             self._peers.adopt(chunks)
             self.wake()
 
-    def is_own(self, start: int) -> bool:
-        """Whether the chunk with this byte is fetched without waiting for another member."""
-        peers = self._peers if self._asks_peers else None
-        return peers is None or peers.is_own(start)
-
     def hurry(self, demands: Iterable[Demand]) -> None:
         """What is under way has become more urgent."""
         for demand in demands:

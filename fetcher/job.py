@@ -351,12 +351,6 @@ class Job:
         if chunks:
             self._download.adopt(chunks)
 
-    def is_own(self, start: int) -> bool:
-        """Whether the chunk with this byte is fetched from mirrors and the registry, without
-        waiting for another member.
-        """
-        return self._download is not None and self._download.is_own(start)
-
     # -- what comes --------------------------------------------------------------------------------
 
     def look_again(self) -> None:

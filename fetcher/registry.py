@@ -85,8 +85,6 @@ class BlobAccess:
     connect_timeout: float | None = None
     stall_timeout: float | None = None
     """Seconds, where this host gets less time than others."""
-    put_off_seconds: float = 0.0
-    """For how long it may put its answer off by interim ones."""
     redirects: int = MAX_REDIRECTS
     """How many are followed."""
     on_answer: Callable[[Head], None] | None = None

@@ -36,21 +36,11 @@ class Silent(Exception):
 class Watch:
     """For how long one thread waits for sockets. Time that passes elsewhere does not count."""
 
-    def __init__(
-        self,
-        stop: threading.Event,
-        seconds: float,
-        *,
-        renewed_by: float = 1,
-        put_off_for: float = 0.0,
-    ) -> None:
-        """Wait for ``seconds`` in all, and for as long again once ``renewed_by`` bytes came, or
-        when the other side puts its answer off, which it may for ``put_off_for`` seconds.
-        """
+    def __init__(self, stop: threading.Event, seconds: float, *, renewed_by: float = 1) -> None:
+        """Wait for ``seconds`` in all, and for as long again once ``renewed_by`` bytes came."""
         self._stop = stop
         self._seconds = seconds
         self._renewed_by = renewed_by
-        self._put_off_until = time.monotonic() + put_off_for
         self._waited = 0.0
         self._got = 0
 
@@ -67,11 +57,6 @@ class Watch:
         result = ready(longest)
         self._waited += time.monotonic() - started
         return result
-
-    def put_off(self) -> None:
-        """The other side has said that it is about to answer: wait for it as at first."""
-        if time.monotonic() < self._put_off_until:
-            self._got, self._waited = 0, 0.0
 
     def got(self, count: int) -> None:
         """So many bytes came."""

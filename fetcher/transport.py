@@ -152,12 +152,7 @@ class Connection:
         if access.stall_timeout is None:
             return Watch(stop, limit)
         limit = min(limit, access.stall_timeout)
-        return Watch(
-            stop,
-            limit,
-            renewed_by=limit * LEAST_SPEED,
-            put_off_for=access.put_off_seconds,
-        )
+        return Watch(stop, limit, renewed_by=limit * LEAST_SPEED)
 
     def _head(self, hop: Hop, goal: Goal, exchange: BlobExchange) -> h11.Request:
         """What is sent. Headers of the hop stand instead of those that it would have anyway."""

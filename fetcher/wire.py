@@ -37,8 +37,6 @@ class Head:
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
-    interim: int = 0
-    """Interim answers that came before it: so often it was said that it is still to come."""
 
 
 class Wire:
@@ -75,15 +73,12 @@ class Wire:
     def head(self, watch: Watch) -> Head:
         """The beginning of the answer. Raises :class:`Hung` if there is none."""
         buffer = memoryview(bytearray(_HEAD_BYTES))
-        interim = 0
         while True:
             event = self._http.next_event()
             if isinstance(event, h11.Response):
-                return self._begin(event, interim)
+                return self._begin(event)
             if event is not h11.NEED_DATA:
-                # an interim answer: it says that the other side waits for something itself
-                interim += 1
-                watch.put_off()
+                # an interim answer
                 continue
             count = self._stream.read(buffer, watch)
             if not count and not self._head_bytes:
@@ -98,7 +93,7 @@ class Wire:
         """Whether any byte of the present answer came."""
         return self._head_bytes > 0
 
-    def _begin(self, answer: h11.Response, interim: int) -> Head:
+    def _begin(self, answer: h11.Response) -> Head:
         headers = {
             name.decode("ascii"): value.decode("iso-8859-1") for name, value in answer.headers
         }
@@ -117,7 +112,7 @@ class Wire:
             and "close" not in _tokens(headers.get("connection", ""))
             and (self._chunked or self._left is not None)
         )
-        return Head(answer.status_code, headers, interim)
+        return Head(answer.status_code, headers)
 
     def read(self, buffer: memoryview, watch: Watch) -> memoryview:
         """The next bytes of the body, in ``buffer`` or elsewhere; none at its end.

@@ -51,9 +51,6 @@ class Ownership(Protocol):
     def asked(self, blob: Digest) -> None:
         """A member wants some of a blob that this node is to fetch for all."""
 
-    def is_fetching(self) -> bool:
-        """Whether bytes of what this node is to fetch for all came a moment ago."""
-
 
 class OwnsNothing:
     """The ownership of a node without members."""
@@ -63,9 +60,6 @@ class OwnsNothing:
 
     def asked(self, blob: Digest) -> None:
         """Nothing follows from it."""
-
-    def is_fetching(self) -> bool:
-        return False
 
 
 class Allowing(Protocol):
@@ -249,17 +243,7 @@ class Blobs:
         self, connection: HttpConnection, wish: _Wish, passing: Passing, left: list[int]
     ) -> None:
         """Answer with a part, as soon as its first byte is there, and as it arrives."""
-
-        async def put_off() -> None:
-            # a member that hears nothing turns to the registry, though what it wants is on its way.
-            # not where this node waits for another one, which may wait for it in turn
-            asked = wish.asked
-            job = self._jobs.running(asked.digest) if asked.member and not asked.urgent else None
-            is_own = job is not None and job.is_own(wish.part.start)
-            if is_own and self._ownership.is_fetching():
-                await connection.put_off()
-
-        found = await passing.begun(put_off)
+        found = await passing.begun()
         headers = self._headers(wish, found, as_whole=wish.is_whole)
         await connection.begin(200 if wish.is_whole else 206, headers)
         await passing.send(connection, self._uploads, self._served, left)

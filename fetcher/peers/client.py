@@ -54,8 +54,6 @@ class PeerClientSettings:
 
     connect_timeout: float = 1.0
     stall_timeout: float = 5.0
-    put_off_seconds: float = 30.0
-    """For how long an owner may say that what is asked of it is on its way."""
     trust: Trust | None = None
     """For TLS with peers; None where they are spoken to in plain HTTP."""
     appetite: Appetite = field(default_factory=Appetite)
@@ -132,10 +130,6 @@ class PeerClient:
         if self.standings.beginnings.asked(str(blob), trio.current_time()):
             self.turns.begin()
 
-    def is_fetching(self) -> bool:
-        """See :class:`fetcher.peers.blobs.Ownership`."""
-        return self.standings.is_fetching(trio.current_time())
-
     # -- one request -------------------------------------------------------------------------------
 
     async def fetch(
@@ -185,7 +179,6 @@ class PeerClient:
             route,
             connect_timeout=settings.connect_timeout,
             stall_timeout=settings.stall_timeout,
-            put_off_seconds=settings.put_off_seconds,
             redirects=0,
             on_answer=tell,
         )

@@ -104,8 +104,6 @@ class _StrandFlow(Flow):
     """Of the answer, once there is one."""
     is_answered: bool = False
     """Whether bytes are on their way."""
-    was_put_off: bool = False
-    """Whether the other side said at first that it waits itself: how long it took says nothing."""
     counted: int = 0
     """Bytes that are counted in the node's harvest."""
     other: str = ""
@@ -197,13 +195,6 @@ class PeerFetching:
         for flow in self._works:
             if flow.pick.chunk in adopted and flow.pick.member is not None and not flow.status:
                 flow.scope.cancel()
-
-    def is_own(self, start: int) -> bool:
-        """Whether the chunk with this byte is fetched from mirrors and the registry, without
-        waiting for another member.
-        """
-        choice = self._choice
-        return choice is not None and not choice.line(start // choice.chunk_size)
 
     @property
     def _chosen(self) -> BlobChoice:
@@ -303,9 +294,8 @@ class PeerFetching:
                 self._client.standings.guessed(found=flow.got > 0)
             now = trio.current_time()
             name = None if pick.member is None else pick.member.name
-            if not flow.was_put_off:
-                self._client.standings.measured(name, flow.got, now - flow.since, now)
-            self._count(flow, now)
+            self._client.standings.measured(name, flow.got, now - flow.since, now)
+            self._harvested(flow)
             if flow.is_answered:
                 self._client.standings.harvest.answering -= 1
             if name is not None and self._client.standings.is_sluggish(name):
@@ -384,12 +374,8 @@ class PeerFetching:
         """A member's answer begins; what it says that it has."""
         flow.status, headers = head.status, head.headers
         standings, now = self._client.standings, trio.current_time()
-        flow.was_put_off = head.interim > 0
-        if flow.was_put_off:
-            flow.looked_at = now
         if head.status < 400:
-            # while the other side waited itself, and said so, it was not slow
-            standings.answered(member.name, None if flow.was_put_off else now - flow.since)
+            standings.answered(member.name, now - flow.since)
             standings.served_at = now
             if flow in self._works and not flow.is_answered:
                 flow.is_answered = True
@@ -414,10 +400,6 @@ class PeerFetching:
                 choice.named(member, chunk, flow.other, now)
             if flow.pause is not None or not flow.other:
                 standings.busy(member.name, now, flow.pause)
-        elif flow.status == 503 and flow.was_put_off:
-            # it was waited for long enough
-            logger.debug("%s", error.message)
-            choice.silent(member, chunk, now)
         elif flow.status == 503:
             # its own word: what keeps it is not that it is broken
             logger.debug("%s", error.message)
@@ -570,7 +552,7 @@ class PeerFetching:
             flow.look()
             if flow.got != flow.counted:
                 flow.moved_at = now
-            self._count(flow, now)
+            self._harvested(flow)
             member = flow.pick.member
             if member is not None and self._is_too_slow(flow, member, now):
                 self._pass_over(member.name)
@@ -582,13 +564,9 @@ class PeerFetching:
         elif self._client.turns.is_idle:
             self._have_help([one for one in flows if self._may_help(one)], now)
 
-    def _count(self, flow: _StrandFlow, now: float) -> None:
-        """Count what a request has brought since it was looked at last."""
-        more, standings = flow.got - flow.counted, self._client.standings
+    def _harvested(self, flow: _StrandFlow) -> None:
         if flow.pick.member is not None:
-            standings.harvest.brought(more)
-        elif more:
-            standings.fetched_at = now
+            self._client.standings.harvest.brought(flow.got - flow.counted)
         flow.counted = flow.got
 
     def _pass_over(self, name: str) -> None:

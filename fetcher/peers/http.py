@@ -139,14 +139,6 @@ class HttpConnection:
         ]
         return h11.Response(status_code=status, headers=[*headers, *own])
 
-    async def put_off(self) -> None:
-        """Say that the answer is still to come (102 of RFC 2518), to who may be told: RFC 9110
-        section 15.2.
-        """
-        if self._http.their_http_version != b"1.1":
-            return
-        await self._send_events(h11.InformationalResponse(status_code=102, headers=[]))
-
     async def end(self) -> None:
         """The answer is complete."""
         await self._send_events(h11.EndOfMessage())

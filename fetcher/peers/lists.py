@@ -27,6 +27,7 @@ from fetcher.peers.showing import shown_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from fetcher.credentials import Keychain
     from fetcher.modelpack import Model
@@ -73,12 +74,23 @@ class _Talk:
     authorization: str | None
 
 
+def _large(model: Model, chunk_size: int) -> set[Digest]:
+    """The blobs of several chunks: of others there is nothing to know."""
+    return {one.descriptor.digest for one in model.layers if one.descriptor.size > chunk_size}
+
+
 class PeerLists:
     """Asks other members for lists. Belongs to the trio thread."""
 
     def __init__(self, client: PeerClient, registry: Registry) -> None:
         self._client = client
         self._registry = registry
+
+    def seeking(self, model: Model, chunk_size: int) -> AbstractContextManager[None]:
+        """Inside the block the registry is asked for a list of the model, and members may be next:
+        nobody is put to the test by other means meanwhile.
+        """
+        return self._client.wholes.seeking(_large(model, chunk_size), ())
 
     async def follow(
         self,
@@ -95,7 +107,7 @@ class PeerLists:
         nothing that is meant for a user.
         """
         layers = [one for one in model.layers if one.descriptor.size > chunk_size]
-        blobs = {one.descriptor.digest for one in layers}
+        blobs = _large(model, chunk_size)
         sizes = {one.descriptor.digest: chunk_size_for(one, chunk_size) for one in layers}
         asked: set[str] = set()
         in_vain: set[str] = set()

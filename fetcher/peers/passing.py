@@ -17,7 +17,7 @@ from fetcher.peers.http import BytesMissing
 from fetcher.ranges import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from fetcher.jobs import Job
     from fetcher.peers.bodies import Body
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fetcher.peers.uploads import Uploads
 
 _FIRST_BYTE_SECONDS: Final = 30.0
-_WORD_SECONDS: Final = 1.0
-"""After which who waits for it hears that it is on its way; silence of 5 s is the end of it."""
 _NEXT_BYTE_SECONDS: Final = 10.0
 """How long what is on its way may stand still; who asked has left long before."""
 _SLICE_BYTES: Final = 64 * 1024 * 1024
@@ -56,18 +54,14 @@ class Passing:
         """Look again whether there is something to wait for."""
         self._waiting.cancel()
 
-    async def begun(self, put_off: Callable[[], Awaitable[None]]) -> Body:
-        """The blob, once the first byte of the part is there; ``put_off`` is called now and then
-        while it is waited for.
+    async def begun(self) -> Body:
+        """The blob, once the first byte of the part is there.
 
         Raises what the fetching of it failed with, and :class:`Unavailable` where it ends or does
         not come.
         """
         with trio.move_on_after(_FIRST_BYTE_SECONDS):
-            while True:
-                with trio.move_on_after(_WORD_SECONDS):
-                    return await self._next(self._part)
-                await put_off()
+            return await self._next(self._part)
         raise Unavailable("it does not arrive: ask again", retry_after=1.0)
 
     async def send(

@@ -37,8 +37,6 @@ _TELLING_BYTES: Final = 256 * 1024
 _LEAST_GUESS_PAUSE: Final = 0.05
 _LONGEST_GUESS_PAUSE: Final = 1.6
 """Between two guesses of the node: each costs both sides a request."""
-_FETCHING_SECONDS: Final = 2.5
-"""Without a byte from mirrors and the registry, after which nobody is told to wait for them."""
 _MAX_PEERS: Final = 20_000
 _NEVER: Final = float("-inf")
 
@@ -85,8 +83,6 @@ class Standings:
     """Our requests for chunks that come from mirrors and the registry, as no peer is asked."""
     served_at: float = _NEVER
     """When a peer began to send something last."""
-    fetched_at: float = _NEVER
-    """When bytes came last from mirrors or the registry."""
     beginnings: Beginnings = field(default_factory=Beginnings)
     guessed_at: float = _NEVER
     """When a member was asked for a chunk that it might have."""
@@ -139,25 +135,16 @@ class Standings:
         self.of(name).under_way -= 1
         self.under_way -= 1
 
-    def is_fetching(self, now: float) -> bool:
-        """Whether mirrors or the registry are sending what was asked of them: what waits for its
-        turn behind that has only to be waited for.
-        """
-        return now - self.fetched_at < _FETCHING_SECONDS
-
     def told(self, name: str, load: int) -> None:
         """So many uploads are under way there."""
         one = self.of(name)
         one.load, one.has_told = min(load, _MOST_LOAD), True
 
-    def answered(self, name: str, seconds: float | None) -> None:
-        """Its first byte took so long; None where it waited for it itself. Whether the others come
-        is to be seen.
-        """
+    def answered(self, name: str, seconds: float) -> None:
+        """Its first byte took so long. Whether the others come is to be seen."""
         one = self.of(name)
         one.busy_times, one.has_answered = 0, True
-        if seconds is not None:
-            one.latency = seconds if not one.latency else _blend(one.latency, seconds)
+        one.latency = seconds if not one.latency else _blend(one.latency, seconds)
 
     def succeeded(self, name: str) -> None:
         """It brought all that it was asked for: what was held against it is forgiven."""

@@ -197,60 +197,6 @@ def test_what_arrives_is_passed_on_at_once(
         trio.run(main, proxy)
 
 
-MEMBER = "Model-CSI-From: asker\r\n"
-
-
-@pytest.mark.parametrize(
-    ("fetches", "version", "headers", "is_told"),
-    [
-        (True, "1.1", MEMBER, True),
-        (True, "1.0", MEMBER, False),
-        (True, "1.1", "", False),
-        (True, "1.1", f"{MEMBER}Model-CSI-Urgent: 1\r\n", False),
-        (False, "1.1", MEMBER, False),
-    ],
-)
-def test_a_member_that_waits_for_its_turn_is_told_so(
-    *,
-    fetches: bool,
-    version: str,
-    headers: str,
-    is_told: bool,
-    registry: RegistryServer,
-    tmp_path: Path,
-) -> None:
-    """Only while what goes before it comes: an owner that gets nothing is left for another. And
-    nobody for whom a pod waits is told to wait on.
-    """
-    data = os.urandom(CHUNK)
-    digest = registry.push_blob("peers/turn", data)
-
-    async def main(proxy: Proxy) -> None:
-        setup = Setup(ownership=OwnsAll(fetches=fetches))
-        async with peer_node(tmp_path / "root", setup) as node:
-            stall = proxy.faults.stall = threading.Event()
-            request = (
-                f"GET {node.blob_url('peers/turn', digest, proxy.address)} HTTP/{version}\r\n"
-                f"Host: x\r\nModel-CSI-Peer: {TOKEN}\r\nModel-CSI-Chunk: {CHUNK}\r\n"
-                f"Range: bytes=0-{CHUNK - 1}\r\n{headers}\r\n"
-            )
-            got = b""
-            async with await trio.open_tcp_stream(*node.address) as stream:
-                await stream.send_all(request.encode())
-                with trio.move_on_after(20 if is_told else 2.5):
-                    while got.count(b"HTTP/1.1 102") < 2:
-                        got += await stream.receive_some(4096)
-                assert (got.count(b"HTTP/1.1 102") == 2) == is_told
-                stall.set()
-                with trio.fail_after(20):
-                    while not got.endswith(data):
-                        got += await stream.receive_some(65536)
-            assert got.count(b"HTTP/1.1 206") == 1
-
-    with serve_proxy(registry.address) as proxy:
-        trio.run(main, proxy)
-
-
 def test_all_who_want_a_chunk_share_one_fetch(registry: RegistryServer, tmp_path: Path) -> None:
     data = os.urandom(16 * CHUNK)
     digest = registry.push_blob("peers/shared", data)

@@ -6,7 +6,6 @@ import contextlib
 import socket
 import threading
 from collections import deque
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -235,42 +234,6 @@ def test_silence_has_an_end(begun: list[bytes | None]) -> None:
         fetched(connection, access(server.address))
 
 
-@pytest.mark.parametrize(("interims", "seconds"), [(15, 30.0), (300, 2.0), (300, 0.0)])
-def test_who_says_that_the_answer_is_to_come_is_waited_for(interims: int, seconds: float) -> None:
-    """Who may say so, and not for ever."""
-
-    def serve(listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        with connection, contextlib.suppress(OSError):
-            connection.recv(4096)
-            for _ in range(interims):
-                gone.wait(0.1)
-                connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
-            connection.sendall(GOOD)
-
-    gone = threading.Event()
-    settings = TransferSettings(stall_timeout=1.0)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        contextlib.closing(Connection(settings)) as connection,
-    ):
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-        asked = access(f"127.0.0.1:{listener.getsockname()[1]}")
-        # who is a peer, or a mirror, has to bring something within the time
-        asked = replace(asked, stall_timeout=1.0, put_off_seconds=seconds)
-        try:
-            if interims < 100:
-                assert fetched(connection, asked) == DATA
-            else:
-                with pytest.raises(Unavailable, match="fell silent"):
-                    fetched(connection, asked)
-        finally:
-            gone.set()
-            connection.close()
-            thread.join()
-
-
 @pytest.mark.parametrize("little", [True, False])
 def test_who_gets_little_time_must_not_drip(little: bool) -> None:
     """The same drips are fine from who has all the time."""
@@ -390,10 +353,10 @@ def test_headers_are_sent_as_they_are(connection: Connection) -> None:
 
 
 def test_answers_are_told_of_before_their_body(connection: Connection) -> None:
-    heard: list[tuple[int, str | None, int]] = []
+    heard: list[tuple[int, str | None]] = []
 
     def hear(head: Head) -> None:
-        heard.append((head.status, head.headers.get("x-have"), head.interim))
+        heard.append((head.status, head.headers.get("x-have")))
 
     moved = answer("Location: /there\r\nX-Have: 0\r\nContent-Length: 0\r\n", b"", status=307)
     missing = answer("X-Have: 1\r\nContent-Length: 0\r\n", b"", status=404)
@@ -404,7 +367,7 @@ def test_answers_are_told_of_before_their_body(connection: Connection) -> None:
         with pytest.raises(NotFound):
             fetched(connection, asked)
         assert fetched(connection, asked) == DATA
-        assert heard == [(404, "1", 0), (200, "2", 2)]
+        assert heard == [(404, "1"), (200, "2")]
         with pytest.raises(Unavailable, match="redirects more than 0 times"):
             fetched(connection, BlobAccess(asked.hop, asked.route, redirects=0))
         assert len(server.requests) == 4

@@ -43,18 +43,11 @@ TOKEN = "a-shared-token-of-the-peers"
 class OwnsAll:
     """The ownership of a node that fetches everything for others."""
 
-    def __init__(self, *, fetches: bool = False) -> None:
-        """``fetches`` says that bytes of what it fetches come all the time."""
-        self._fetches = fetches
-
     def owns(self, deal: Deal, wanted: Range, chunk_size: int) -> bool:
         return True
 
     def asked(self, blob: Digest) -> None:
         """Nothing follows from it."""
-
-    def is_fetching(self) -> bool:
-        return self._fetches
 
 
 @dataclass

@@ -34,25 +34,6 @@ def test_one_request_shows_whether_a_peer_that_failed_is_better_now() -> None:
     assert not standings.is_tried("a")
 
 
-def test_who_waited_itself_has_answered_and_is_not_slow_for_it() -> None:
-    standings = Standings()
-    assert not standings.is_excused("a")
-    standings.answered("a", 0.1)
-    standings.answered("a", None)
-    standings.answered("b", None)
-    assert standings.of("a").latency == 0.1
-    assert standings.of("b").latency == 0.0
-    assert standings.is_excused("b")
-
-
-def test_who_gets_bytes_from_the_registry_is_fetching_for_a_while() -> None:
-    standings = Standings()
-    assert not standings.is_fetching(0.0)
-    standings.fetched_at = 10.0
-    assert standings.is_fetching(12.0)
-    assert not standings.is_fetching(13.0)
-
-
 def test_who_lied_is_banned_longer_each_time_and_counted() -> None:
     standings = Standings()
     assert standings.lied("a", 0.0) == 600.0
